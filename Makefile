@@ -1,0 +1,36 @@
+# make run                            the five stages on drawn faces, at CPU size, in runs/synthetic
+# make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
+# make test                           the test suite
+# Each makes its own .venv first. PYTHON=python3.12 picks another interpreter, for the first time.
+
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+RUN_DIR := $(CURDIR)/runs/$(if $(DATA),utkface,synthetic)
+SCRIPT = cd $(RUN_DIR) && $(BIN)/python $(CURDIR)
+CONFIG := --config $(CURDIR)/configs/quickstart.yaml
+
+.PHONY: run test
+
+run: .venv/run-installed
+	mkdir -p $(RUN_DIR)
+	$(if $(DATA),,$(SCRIPT)/synthesize.py $(CONFIG))
+	$(SCRIPT)/masks.py $(CONFIG) $(if $(DATA),--input $(abspath $(DATA)))
+	$(SCRIPT)/split.py $(CONFIG)
+	$(SCRIPT)/pretrain.py $(CONFIG) --resume
+	$(SCRIPT)/finetune.py $(CONFIG) --resume
+	$(SCRIPT)/evaluate.py $(CONFIG)
+	@echo "Look at $(RUN_DIR): dataset/processed/preview.png, contrastive.png, model.png, results/confusion_matrix.png"
+
+test: .venv/test-installed
+	$(BIN)/python -m pytest -q tests
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run-installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/test-installed: requirements-dev.txt .venv/run-installed
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@

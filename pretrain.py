@@ -1,0 +1,194 @@
+"""Pretrains the backbone by contrast: views of one face (or faces of one age) attract, all others repel.
+
+    python pretrain.py --epochs 100
+    python pretrain.py --positives age --init imagenet
+
+Writes the backbone alone (the projection head has done its work) to --out, and beside it a history CSV, curves,
+and `.last.pt` for --resume.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from common import (
+    FaceDataset,
+    UserError,
+    add_training_flags,
+    age_contrastive_loss,
+    autocast,
+    build_param_groups,
+    check_same_faces,
+    choose_device,
+    choose_precision,
+    contrastive_augmentation,
+    init_backbone,
+    last_path,
+    nt_xent_loss,
+    number,
+    open_run,
+    plot_history,
+    progress,
+    restore_training,
+    run,
+    save_checkpoint,
+    script_parser,
+    set_seed,
+    to_input,
+    train_loader,
+    training_state,
+    warmup_cosine,
+    write_csv,
+)
+
+
+class ContrastiveResNet18(nn.Module):
+    """The backbone and a 2-layer projection head (Chen et al. 2020, section 4.2): (B, 3, H, W) → (B, 128)."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = resnet18()
+        self.backbone.fc = nn.Identity()
+        self.projection = nn.Sequential(
+            nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
+        )
+
+    def forward(self, images):
+        return self.projection(self.backbone(images))  # B×512 → B×128
+
+
+def train_one_epoch(model, loader, optimizer, schedule, scaler, args, device, dtype, epoch):
+    """One pass over the train split; returns the mean loss and the first step's, in nats."""
+    model.train()
+    loader.batch_sampler.epoch = epoch
+    losses = []
+    for batch in progress(loader, f"epoch {epoch + 1}/{args.epochs}", unit="step"):
+        images = to_input(batch["image"].flatten(0, 1), device)  # B×2×H×W×3 → 2B×3×H×W
+        with autocast(device, dtype):
+            z = model(images)  # 2B×128
+        if args.positives == "view":
+            loss = nt_xent_loss(z[0::2], z[1::2], args.temperature)
+        else:
+            ages = batch["age"].to(device).repeat_interleave(2)  # 2B
+            loss = age_contrastive_loss(z, ages, args.temperature, args.sigma)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())  # read at the end: a step need not wait for the device
+    losses = torch.stack(losses).float()
+    return losses.mean().item(), losses[0].item()
+
+
+def warn_of_odd_start(first_loss, batch_size):
+    """At random weights no pair stands out yet, so NT-Xent starts near log(2N−1); else something is miswired."""
+    expected = math.log(2 * batch_size - 1)
+    if abs(first_loss - expected) > 0.25 * expected:
+        print(
+            f"warning: the first loss, {first_loss:.2f}, is more than 25 % off log(2N-1) = {expected:.2f}: "
+            "check the augmentation and --temperature",
+            file=sys.stderr,
+        )
+
+
+def get_parser():
+    parser = script_parser("pretrain", __doc__)
+    add_training_flags(
+        parser, "contrastive.pt", "random", epochs=100, batch_size=256, lr=1e-3, image_size=128
+    )
+    parser.add_argument(
+        "--positives",
+        choices=["view", "age"],
+        default="view",
+        help="what attracts: two views of a face (SimCLR), or all faces of one age",
+    )
+    parser.add_argument(
+        "--temperature", type=number(float, above=0), default=0.07, help="of the contrastive loss"
+    )
+    parser.add_argument(
+        "--sigma",
+        type=number(float, above=0),
+        default=0.5,
+        help="for --positives age: negatives weigh e^(years apart / 50 sigma)",
+    )
+    return parser
+
+
+def main(args):
+    device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
+    state = open_run(args, "contrastive")
+
+    set_seed(args.seed)
+    model = ContrastiveResNet18()
+    if state is None:
+        line, seen = init_backbone(model.backbone, args.init)
+        print(line)
+    dataset = FaceDataset(
+        Path(args.data) / "train", args.image_size, contrastive_augmentation, views=2, with_masks=False,
+        seed=args.seed, workers=args.workers,
+    )  # fmt: skip
+    hashes = torch.from_numpy(dataset.hashes)
+    loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
+
+    model.to(device, memory_format=torch.channels_last)
+    groups = build_param_groups(model, args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    schedule = warmup_cosine(optimizer, args.epochs * len(loader))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state is None:
+        start, history, seen = 0, [], torch.cat([seen, hashes]).unique()
+    else:
+        check_same_faces(state, hashes, args)
+        restore_training(state, model, optimizer, schedule, scaler)
+        start, history, seen = state["epoch"], state["history"], state["train_hashes"]
+
+    for epoch in range(start, args.epochs):
+        began = time.perf_counter()
+        loss, first_loss = train_one_epoch(
+            model, loader, optimizer, schedule, scaler, args, device, dtype, epoch
+        )
+        if not math.isfinite(loss):
+            raise UserError(f"the loss became {loss} in epoch {epoch + 1}: lower --lr or raise --temperature")
+        if epoch == 0 and args.positives == "view" and args.init == "random":
+            warn_of_odd_start(first_loss, args.batch_size)
+        seconds = time.perf_counter() - began
+        faces_a_second = len(loader) * args.batch_size / seconds
+        lr = schedule.get_last_lr()[0]
+        history.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": round(seconds, 1)})
+        print(
+            f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, {seconds:.0f} s, {faces_a_second:.0f} faces/s"
+        )
+        state = training_state(model, optimizer, schedule, scaler)
+        save_checkpoint(
+            last_path(args.out),
+            "contrastive.last",
+            args,
+            **state,
+            epoch=epoch + 1,
+            history=history,
+            hashes=hashes,
+            train_hashes=seen,
+        )
+        write_csv(Path(args.out).with_suffix(".csv"), history)
+
+    weights = {f"backbone.{key}": value.cpu() for key, value in model.backbone.state_dict().items()}
+    save_checkpoint(args.out, "contrastive", args, weights=weights, train_hashes=seen)
+    write_csv(Path(args.out).with_suffix(".csv"), history)
+    plot_history(
+        Path(args.out).with_suffix(".png"), history, {"contrastive loss": ["loss"], "learning rate": ["lr"]}
+    )
+    print(
+        f"{args.out} written: backbone after {args.epochs} epochs on {len(dataset)} faces at {args.image_size} px, "
+        f"loss {history[-1]['loss']:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, get_parser())

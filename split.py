@@ -1,0 +1,268 @@
+"""Splits processed faces into train, val and test so that no near-duplicate straddles two of them.
+
+    python split.py
+    python split.py --fractions 0 0 1 --input exam --output exam_split
+
+Every age group is shared out in the fractions asked for. Near-duplicates (thumbnails that correlate above a
+threshold, and whatever they are linked to through others) stay together; those whose ages disagree are listed in
+`conflicts.csv`. The result depends on the faces and the seed alone, not on the order of files.
+"""
+
+import csv
+import os
+import shutil
+import sys
+import tempfile
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from common import (
+    GROUP_NAMES,
+    UserError,
+    age_to_group,
+    list_pairs,
+    number,
+    progress,
+    read_image,
+    resize,
+    run,
+    script_parser,
+    write_csv,
+)
+
+SPLITS = ("train", "val", "test")
+COLUMNS = ["file", "split", "age", "gender", "race", "group", "duplicate_of"]
+CONFLICT_COLUMNS = ["file", "other", "age", "other_age", "correlation"]
+
+
+def read_thumbnails(folder, faces, workers):
+    """Checks each pair and reduces its image to a 32×32 grey thumbnail.
+
+    Returns float32 (N, 1024), rows of zero mean and unit length (a flat picture is all zeros), so that the
+    product of two rows is their Pearson correlation. Raises UserError for a mask of another size than its image.
+    """
+    thumbnails = np.empty((len(faces), 32 * 32), np.float32)
+
+    def load(index):
+        path = folder / f"{faces[index].stem}_image.png"
+        mask_path = folder / f"{faces[index].stem}_mask.png"
+        image = read_image(path, cv2.IMREAD_GRAYSCALE)
+        if read_image(mask_path, cv2.IMREAD_GRAYSCALE).shape != image.shape:
+            raise UserError(f"{mask_path} is not of its image's size: delete it and run masks.py again")
+        thumbnails[index] = resize(image, 32).ravel()
+
+    with ThreadPool(max(workers, 1)) as pool:
+        loading = pool.imap_unordered(load, range(len(faces)), chunksize=16)
+        for _ in progress(loading, "thumbnails", len(faces), unit="face"):
+            pass
+    thumbnails -= thumbnails.mean(axis=1, keepdims=True)
+    return thumbnails / np.maximum(np.linalg.norm(thumbnails, axis=1, keepdims=True), 1e-6)
+
+
+def find_near_duplicates(thumbnails, threshold, block=1024):
+    """Pairs of rows that correlate above `threshold`, as a list of (i, j, correlation) with i < j.
+
+    thumbnails: (N, D) unit rows. Compares block by block: time grows with N², memory with N.
+    """
+    pairs = []
+    starts = range(0, len(thumbnails), block)
+    for start in progress(starts, "near-duplicates", unit="block"):
+        correlation = thumbnails[start : start + block] @ thumbnails[start:].T  # block×(N−start)
+        for i, j in np.argwhere(correlation > threshold):
+            if i < j:
+                pairs.append((int(start + i), int(start + j), float(correlation[i, j])))
+    return pairs
+
+
+def connect(count, pairs):
+    """The smallest index that each of `count` items is linked to through `pairs`, directly or not: int (count,)."""
+    root = list(range(count))
+
+    def find(i):
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    for i, j, _ in pairs:
+        low, high = sorted((find(i), find(j)))
+        root[high] = low
+    return np.array([find(i) for i in range(count)])
+
+
+def assign(groups, components, fractions, seed):
+    """Splits 0–2 for N faces: components stay whole, and every age group is shared out in `fractions`.
+
+    groups, components: int (N,). Components of several faces are placed first, the largest first, each where its age
+    groups are furthest below their share; single faces then fill every share exactly.
+    """
+    fractions = np.asarray(fractions)
+    rng = np.random.default_rng(seed)
+    sizes = np.bincount(groups, minlength=len(GROUP_NAMES))
+    wanted = fractions[:, None] * sizes  # 3×6 faces still to be placed
+    splits = np.full(len(groups), -1)
+    roots, counts = np.unique(components, return_counts=True)
+    several = rng.permutation(roots[counts > 1])
+    members = {root: np.flatnonzero(components == root) for root in several}
+    for root in sorted(several, key=lambda root: -len(members[root])):
+        histogram = np.bincount(groups[members[root]], minlength=len(GROUP_NAMES))
+        need = (wanted * histogram).sum(axis=1) / np.where(fractions > 0, fractions, np.inf)
+        choice = np.argmax(np.where(fractions > 0, need, -np.inf))
+        splits[members[root]] = choice
+        wanted[choice] -= histogram
+    for group in range(len(GROUP_NAMES)):
+        single = rng.permutation(np.flatnonzero((groups == group) & (splits < 0)))
+        ends = np.cumsum(np.clip(wanted[:, group], 0, None))
+        ends = np.rint(ends * len(single) / max(ends[-1], 1e-9)).astype(int)
+        for split, part in enumerate(np.split(single, ends[:-1])):
+            splits[part] = split
+    return splits
+
+
+def print_table(groups, splits):
+    """Prints how many faces of each age group lie in each split, and their share of the group."""
+    print(f"{'':14}" + "".join(f"{name:>16}" for name in (*SPLITS, "all")))
+    for name, chosen in [*((n, groups == g) for g, n in enumerate(GROUP_NAMES)), ("all", groups >= 0)]:
+        counts = [int((chosen & (splits == split)).sum()) for split in range(3)]
+        total = sum(counts)
+        cells = "".join(f"{count:>8} {count / max(total, 1):>6.1%} " for count in counts)
+        print(f"{name:14}{cells}{total:>16}")
+
+
+def write_split(source, target, rows, conflicts, overwrite):
+    """Builds the split's folders beside `target`, with hard links to the pairs where possible, then renames them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    try:
+        building.chmod(0o755)
+        for split in SPLITS:
+            (building / split).mkdir()
+        for row in progress(rows, "link", unit="face"):
+            mask = row["file"].replace("_image.png", "_mask.png")
+            for name in (row["file"], mask):
+                try:
+                    os.link(source / name, building / row["split"] / name)
+                except OSError:  # another file system, or one without hard links
+                    shutil.copy2(source / name, building / row["split"] / name)
+        write_csv(building / "split.csv", rows, COLUMNS)
+        write_csv(building / "conflicts.csv", conflicts, CONFLICT_COLUMNS)
+        if overwrite and target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".old-{target.name}-", dir=target.parent))
+            target.rename(old / target.name)
+            building.rename(target)
+            shutil.rmtree(old)
+        else:
+            building.rename(target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def is_there(target, rows, conflicts):
+    """Whether `target` holds exactly this split: the same two tables and every pair in its folder."""
+    for name, table, columns in (
+        ("split.csv", rows, COLUMNS),
+        ("conflicts.csv", conflicts, CONFLICT_COLUMNS),
+    ):
+        try:
+            with open(target / name, newline="", encoding="utf-8") as file:
+                if [tuple(row) for row in csv.reader(file)] != [
+                    tuple(columns),
+                    *(tuple(map(str, row.values())) for row in table),
+                ]:
+                    return False
+        except OSError:
+            return False
+    wanted = {(row["split"], row["file"]) for row in rows}
+    wanted |= {(split, name.replace("_image.png", "_mask.png")) for split, name in wanted}
+    return wanted == {(s, name) for s in SPLITS if (target / s).is_dir() for name in os.listdir(target / s)}
+
+
+def get_parser():
+    parser = script_parser("split", __doc__)
+    parser.add_argument("--input", default="dataset/processed", help="folder of pairs written by masks.py")
+    parser.add_argument("--output", default="dataset/processed_split", help="folder to write")
+    parser.add_argument(
+        "--fractions",
+        type=number(float, low=0, high=1),
+        nargs=3,
+        default=[0.7, 0.1, 0.2],
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="share of each split; they sum to one and may be zero",
+    )
+    parser.add_argument(
+        "--near-duplicate",
+        type=number(float, low=0, high=1),
+        default=0.98,
+        help="correlation of 32x32 grey thumbnails above which two faces stay together",
+    )
+    return parser
+
+
+def main(args):
+    if abs(sum(args.fractions) - 1) > 1e-6:
+        raise UserError(
+            f"--fractions sum to {sum(args.fractions):g}, not to one: mend them, such as 0.7 0.1 0.2"
+        )
+    source, target = Path(args.input), Path(args.output)
+    faces = list_pairs(source)
+    if (
+        target.exists()
+        and not (target / "split.csv").is_file()
+        and (target.is_file() or any(target.iterdir()))
+    ):
+        raise UserError(f"--output {target} is there and is not a split: name another folder")
+
+    thumbnails = read_thumbnails(source, faces, args.workers)
+    pairs = find_near_duplicates(thumbnails, args.near_duplicate)
+    components = connect(len(faces), pairs)
+    groups = age_to_group([face.age for face in faces])
+    splits = assign(groups, components, args.fractions, args.seed)
+
+    names = [f"{face.stem}_image.png" for face in faces]
+    rows = [
+        {
+            "file": names[i],
+            "split": SPLITS[splits[i]],
+            "age": face.age,
+            "gender": face.gender,
+            "race": face.race,
+            "group": int(groups[i]),
+            "duplicate_of": "" if components[i] == i else names[components[i]],
+        }
+        for i, face in enumerate(faces)
+    ]
+    conflicts = [
+        {
+            "file": names[i],
+            "other": names[j],
+            "age": faces[i].age,
+            "other_age": faces[j].age,
+            "correlation": f"{correlation:.4f}",
+        }
+        for i, j, correlation in sorted(pairs)
+        if faces[i].age != faces[j].age
+    ]
+    there = is_there(target, rows, conflicts)
+    if not there and (target / "split.csv").exists() and not args.overwrite:
+        raise UserError(f"--output {target} was made from other faces or settings: --overwrite replaces it")
+    if not there:
+        write_split(source, target, rows, conflicts, args.overwrite)
+
+    print_table(groups, splits)
+    for group in np.setdiff1d(groups, groups[splits == 0]) if args.fractions[0] > 0 else []:
+        print(f"warning: no {GROUP_NAMES[group]} face in train", file=sys.stderr)
+    several = np.unique(components, return_counts=True)[1]
+    several = several[several > 1]
+    print(
+        f"{target} {'holds this split already' if there else 'written'}: {len(faces)} faces; {len(pairs)} "
+        f"near-duplicate pairs in {len(several)} groups of {several.sum()} faces stay together; "
+        f"{len(conflicts)} pairs disagree on the age (conflicts.csv)"
+    )
+
+
+if __name__ == "__main__":
+    run(main, get_parser())

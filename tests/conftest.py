@@ -1,0 +1,87 @@
+"""What the tests share: the scripts' own command lines, and a small set of drawn faces taken through masks and split."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(min(2, os.cpu_count()))
+
+from common import run
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Calls a script as its command line would, in this process: (exit code, stdout, stderr)."""
+
+    def call(script, *arguments, cwd=None):
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        module = importlib.import_module(script)
+        capsys.readouterr()
+        try:
+            run(module.main, module.get_parser(), [str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refuse(cli):
+    """Checks that a command line ends with exit code 2 and one line on stderr that says all of `words`."""
+
+    def call(script, *arguments, words, cwd=None):
+        code, _, err = cli(script, *arguments, cwd=cwd)
+        assert code == 2
+        assert err.startswith(f"{script}.py: error: ") and err.count("\n") == 1
+        for word in words:
+            assert word in err, err
+
+    return call
+
+
+def shell(script, *arguments, cwd):
+    """Runs a script as a user does, in a process of its own."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def write_pair(folder, stem, image, mask=None):
+    """Writes an image uint8 (H, W, 3) and its mask (all face by default) as masks.py would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(folder / f"{stem}_image.png"), image)
+    cv2.imwrite(str(folder / f"{stem}_mask.png"), np.full(image.shape[:2], 255, np.uint8) if mask is None else mask)
+
+
+def noise_pairs(folder, ages, seed=0, side=40):
+    """Writes a pair of smooth noise, unlike any other, for each age; returns the stems."""
+    rng = np.random.default_rng(seed)
+    stems = [f"{age}_{i % 2}_{i % 5}_{20170000000000000 + i}" for i, age in enumerate(ages)]
+    for stem in stems:
+        write_pair(folder, stem, cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (side, side)))
+    return stems
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """A folder with dataset/raw, raw_masks, processed and processed_split of 150 drawn faces."""
+    folder = tmp_path_factory.mktemp("drawn")
+    for script, arguments in (
+        ("synthesize", ["--output", folder / "dataset/raw", "--count", 150]),
+        ("masks", ["--input", folder / "dataset/raw", "--output", folder / "dataset/processed"]),
+        ("split", ["--input", folder / "dataset/processed", "--output", folder / "dataset/processed_split"]),
+    ):
+        module = importlib.import_module(script)
+        run(module.main, module.get_parser(), [str(argument) for argument in arguments])
+    return folder

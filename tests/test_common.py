@@ -1,0 +1,453 @@
+import math
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+from common import (
+    AGE_GROUPS,
+    FaceDataset,
+    MultitaskResNet18,
+    UserError,
+    age_contrastive_loss,
+    age_to_group,
+    build_param_groups,
+    contrastive_augmentation,
+    mask_loss,
+    mask_overlap,
+    nt_xent_loss,
+    parse_name,
+    seed_augmentation,
+    supervised_augmentation,
+    to_input,
+    train_loader,
+)
+from conftest import noise_pairs, write_pair
+
+CPU = torch.device("cpu")
+
+
+# Names and groups
+
+
+def test_age_groups():
+    assert list(AGE_GROUPS) == ["Infant", "Child", "Youth", "Young Adult", "Middle-aged", "Older Adult"]
+    bounds = [0, 4, 5, 14, 15, 24, 25, 44, 45, 64, 65, 99, 100, 116]
+    assert age_to_group(bounds).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["26_1_0_20170116184751593.jpg.chip.jpg", "26_1_0_20170116184751593.webp", "26_1_0_20170116184751593.PNG"],
+)
+def test_good_names(name):
+    assert parse_name(name) == ("26_1_0_20170116184751593", 26, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "39_1_20170116174525125.jpg.chip.jpg",
+        "24_0_1_20170116220224657 .jpg.chip.jpg",
+        "55_0_0_20170116232725357jpg.chip.jpg",
+        "26_2_0_20170116184751593.jpg",
+        "26_1_5_20170116184751593.jpg",
+        "٢٦_1_0_20170116184751593.jpg",
+        "26_1_0_20170116184751593.jpg\n",
+        "notes.txt",
+    ],
+)
+def test_malformed_names(name):
+    assert parse_name(name) is None
+
+
+# Model
+
+
+@pytest.mark.parametrize("multitask", [True, False])
+@pytest.mark.parametrize("height, width", [(64, 64), (96, 128)])
+def test_model_shapes(multitask, height, width):
+    model = MultitaskResNet18(num_groups=6, multitask=multitask)
+    logits, mask_logits = model(torch.randn(2, 3, height, width))
+    assert logits.shape == (2, 6)
+    assert mask_logits.shape == (2, 1, height, width) if multitask else mask_logits is None
+
+
+def test_model_size():
+    assert sum(parameter.numel() for parameter in MultitaskResNet18().parameters()) <= 12_300_000
+
+
+def test_model_refuses_other_sides():
+    with pytest.raises(ValueError, match="multiples of 32"):
+        MultitaskResNet18()(torch.randn(1, 3, 64, 80))
+
+
+def test_every_parameter_learns():
+    model = MultitaskResNet18()
+    logits, mask_logits = model(torch.randn(4, 3, 64, 64))
+    mask = (torch.rand(4, 1, 64, 64) > 0.5).float()
+    (F.cross_entropy(logits, torch.tensor([0, 1, 2, 3])) + mask_loss(mask_logits, mask)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+# Losses
+
+
+def test_nt_xent_equals_the_textbook_loop():
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, 7, 16, dtype=torch.float64)
+    z = torch.cat([z1, z2])
+    total = 0.0
+    for i in range(14):
+        similarity = [math.exp(F.cosine_similarity(z[i], z[k], dim=0).item() / 0.3) for k in range(14)]
+        total -= math.log(similarity[(i + 7) % 14] / (sum(similarity) - similarity[i]))
+    assert nt_xent_loss(z1, z2, 0.3).item() == pytest.approx(total / 14, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_nt_xent_of_coinciding_embeddings(count):
+    z = torch.randn(1, 8).expand(count, 8)
+    assert nt_xent_loss(z, 3 * z, 0.07).item() == pytest.approx(math.log(2 * count - 1), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nt_xent_in_half_precision(dtype):
+    z = (50 * torch.randn(2, 32, 64)).to(dtype).requires_grad_()
+    loss = nt_xent_loss(z[0], z[1], 0.05)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all() and z.grad.abs().sum() > 0
+
+
+def test_nt_xent_under_autocast_equals_float32():
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, 16, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert nt_xent_loss(z1, z2, 0.05).item() == pytest.approx(nt_xent_loss(z1, z2, 0.05).item(), abs=1e-6)
+        inside = nt_xent_loss(z1, z2, 0.05)
+    assert inside.item() == pytest.approx(nt_xent_loss(z1, z2, 0.05).item(), abs=1e-6)
+
+
+def test_age_contrastive_equals_its_definition():
+    torch.manual_seed(1)
+    z = torch.randn(9, 16, dtype=torch.float64)
+    ages, tau, sigma = [3, 3, 20, 20, 20, 41, 77, 77, 90], 0.2, 0.5
+    s = [[F.cosine_similarity(z[i], z[k], dim=0).item() for k in range(9)] for i in range(9)]
+    terms = []
+    for i in range(9):
+        positives = [p for p in range(9) if p != i and ages[p] == ages[i]]
+        negatives = sum(
+            math.exp(abs(ages[i] - ages[k]) / (50 * sigma)) * math.exp(s[i][k] / tau)
+            for k in range(9)
+            if ages[k] != ages[i]
+        )
+        ratios = [math.exp(s[i][p] / tau) / (math.exp(s[i][p] / tau) + negatives) for p in positives]
+        if positives:
+            terms.append(-sum(map(math.log, ratios)) / len(positives))
+    assert len(terms) == 7
+    loss = age_contrastive_loss(z, torch.tensor(ages), tau, sigma)
+    assert loss.item() == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+
+
+@pytest.mark.parametrize("ages", [[1, 2, 3, 4], [30, 30, 30, 30]])
+def test_age_contrastive_without_positives_or_negatives(ages):
+    z = torch.randn(4, 8, requires_grad=True)
+    loss = age_contrastive_loss(z, torch.tensor(ages), 0.07, 0.5)
+    loss.backward()
+    assert loss.item() == 0 and (z.grad == 0).all()
+
+
+def test_age_contrastive_in_half_precision():
+    z = torch.randn(16, 8).half().requires_grad_()
+    loss = age_contrastive_loss(z, torch.arange(16) // 2 * 10, 0.05, 0.5)
+    loss.backward()
+    assert loss.isfinite() and loss > 0 and z.grad.isfinite().all()
+
+
+def test_mask_loss_has_a_gradient():
+    logits = torch.zeros(2, 1, 4, 4, requires_grad=True)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, :2] = 1
+    loss = mask_loss(logits, mask)
+    # p = 1/2 everywhere: cross-entropy log 2; Dice (2·4 + 1) / (16 + 1)
+    assert loss.item() == pytest.approx(math.log(2) + 1 - 9 / 17, abs=1e-6)
+    loss.backward()
+    assert (logits.grad[:, :, :2] < 0).all() and (logits.grad[:, :, 2:] > 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 3, 8])
+def test_mask_loss_vanishes_for_a_perfect_mask(rows):
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, :rows] = 1
+    assert mask_loss((2 * mask - 1) * 50, mask).item() == pytest.approx(0, abs=1e-6)
+    assert mask_loss((1 - 2 * mask) * 50, mask).item() > 10
+
+
+def test_mask_loss_refuses_other_shapes():
+    with pytest.raises(ValueError, match="shape"):
+        mask_loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
+
+
+def test_mask_overlap():
+    predicted = torch.tensor([[[1, 1, 0, 0]], [[0, 0, 0, 0]], [[1, 0, 0, 0]]]).bool()
+    truth = torch.tensor([[[1, 0, 1, 0]], [[0, 0, 0, 0]], [[0, 0, 0, 1]]]).bool()
+    iou, dice = mask_overlap(predicted, truth)
+    assert iou.tolist() == pytest.approx([1 / 3, 1, 0]) and dice.tolist() == pytest.approx([1 / 2, 1, 0])
+
+
+# Optimisation
+
+
+@pytest.mark.parametrize("strategy, backbone_lr", [("uniform", 0.01), ("differentiated", 0.002)])
+def test_param_groups(strategy, backbone_lr):
+    model = MultitaskResNet18()
+    groups = build_param_groups(model, 0.01, strategy, backbone_lr_scale=0.2, weight_decay=0.05)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        assert group["lr"] == pytest.approx(backbone_lr if name.startswith("backbone.") else 0.01)
+        assert group["weight_decay"] == (0 if parameter.ndim == 1 else 0.05), name
+
+
+def test_param_groups_refuse_another_strategy():
+    with pytest.raises(ValueError, match="strategy"):
+        build_param_groups(MultitaskResNet18(), 0.01, "layerwise")
+
+
+def test_warmup_cosine():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = common.warmup_cosine(optimizer, steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:])) and rates[-1] < 0.01
+
+
+# Data and augmentation
+
+
+def half_face(folder, side=120):
+    """A pair whose mask is the bright part of its image, off centre and off axis."""
+    y, x = np.mgrid[:side, :side] / side
+    mask = np.where(((x - 0.42) / 0.25) ** 2 + ((y - 0.55 + 0.3 * x) / 0.3) ** 2 < 1, 255, 0).astype(np.uint8)
+    write_pair(folder, "30_0_0_20170000000000000", np.repeat(mask[..., None], 3, axis=2), mask)
+
+
+@pytest.mark.parametrize("augmentation", [contrastive_augmentation, supervised_augmentation])
+def test_image_and_mask_move_together(tmp_path, augmentation):
+    half_face(tmp_path)
+    dataset = FaceDataset(tmp_path, 64, augmentation, with_masks=True)
+    assert {type(t) for t in dataset.augment} >= {A.RandomResizedCrop, A.HorizontalFlip, A.ColorJitter}
+    masks = []
+    for epoch in range(200):
+        sample = dataset[(epoch, 0)]
+        image, mask = sample["image"].mean(axis=2), sample["mask"].astype(bool)
+        assert set(np.unique(sample["mask"])) <= {0, 1}
+        threshold = (image.max() + image.min()) / 2  # light and contrast may have changed
+        bright = image > threshold
+        assert (bright & mask).sum() / (bright | mask).sum() > 0.93
+        masks.append(mask)
+    assert len({mask.tobytes() for mask in masks}) > 150  # they did move
+
+
+def test_augmentations_draw_independently():
+    """Flipped and grey must not go together, as they do when every transform is given the same seed."""
+    pipeline = A.Compose([A.HorizontalFlip(p=0.5), A.ToGray(p=0.5)])
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[:, :2] = (200, 30, 30)
+    seen = {}
+    for index in range(400):
+        seed_augmentation(pipeline, 0, 0, index)
+        out = pipeline(image=image)["image"]
+        key = (bool(out[0, 3].any()), bool((out[..., 0] == out[..., 1]).all()))
+        seen[key] = seen.get(key, 0) + 1
+    assert len(seen) == 4 and min(seen.values()) > 60  # 100 expected of each
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
+    noise_pairs(tmp_path, [1, 10, 20, 30, 50, 70, 80, 90])
+    batches = {}
+    for workers in (0, 2):
+        dataset = FaceDataset(tmp_path, 32, contrastive_augmentation, views=2, with_masks=True, seed=3)
+        loader = train_loader(dataset, 4, 3, workers, CPU)
+        loader.batch_sampler.epoch = 5
+        batches[workers] = list(loader)
+    for serial, parallel in zip(batches[0], batches[2]):
+        assert serial["image"].shape == (4, 2, 32, 32, 3) and serial["mask"].shape == (4, 2, 32, 32)
+        assert all(torch.equal(serial[key], parallel[key]) for key in serial)
+    image = dataset[(5, 0)]["image"]
+    assert not np.array_equal(image[0], image[1])
+    assert not np.array_equal(image, dataset[(6, 0)]["image"])
+    dataset[(9, 3)]
+    assert np.array_equal(image, dataset[(5, 0)]["image"])
+
+
+def test_each_epoch_has_its_own_order_and_drops_only_the_rest():
+    sampler = common.EpochBatches(10, 4, seed=0)
+    epochs = []
+    for sampler.epoch in range(3):
+        keys = [key for batch in sampler for key in batch]
+        assert len(keys) == 8 and {epoch for epoch, _ in keys} == {sampler.epoch}
+        assert len({index for _, index in keys}) == 8
+        epochs.append([index for _, index in keys])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_dataset_without_augmentation(tmp_path):
+    half_face(tmp_path)
+    dataset = FaceDataset(tmp_path, 64)
+    sample = dataset[0]
+    assert sample["image"].shape == (64, 64, 3) and sample["image"].dtype == np.uint8
+    assert sample["mask"].shape == (64, 64) and set(np.unique(sample["mask"])) == {0, 1}
+    assert sample["age"] == 30 and sample["group"] == 3
+    assert "mask" not in FaceDataset(tmp_path, 64, with_masks=False)[0]
+
+
+def test_dataset_is_rgb(tmp_path):
+    image = np.zeros((40, 40, 3), np.uint8)
+    image[..., 2] = 255  # red, as OpenCV writes it
+    write_pair(tmp_path, "30_0_0_1", image)
+    assert FaceDataset(tmp_path, 32)[0]["image"][0, 0].tolist() == [255, 0, 0]
+
+
+def test_to_input():
+    images = torch.tensor([[[[255, 0, 128]]]], dtype=torch.uint8)  # 1×1×1×3
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225]
+    out = to_input(images, CPU)
+    assert out.shape == (1, 3, 1, 1) and out.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "break_it, word",
+    [
+        (lambda folder, stem: (folder / f"{stem}_mask.png").unlink(), "_mask.png"),
+        (lambda folder, stem: (folder / f"{stem}_image.png").write_text("no image"), "readable"),
+        (lambda folder, stem: write_pair(folder, stem, np.zeros((9, 9, 3), np.uint8), np.zeros((8, 8), np.uint8)), "size"),
+    ],
+)
+def test_broken_pairs(tmp_path, break_it, word):
+    stem = noise_pairs(tmp_path, [30])[0]
+    break_it(tmp_path, stem)
+    with pytest.raises(UserError, match=word):
+        FaceDataset(tmp_path, 32)
+
+
+def test_missing_and_empty_folders(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=str(folder)):
+            FaceDataset(folder, 32)
+
+
+# Configuration
+
+
+def parse(script_flags, *argv):
+    parser = common.script_parser("split", "test")
+    for flags, options in script_flags:
+        parser.add_argument(*flags, **options)
+    return common.parse_args(parser, [str(argument) for argument in argv])
+
+
+FLAGS = [
+    (["--near-duplicate"], {"type": common.number(float, low=0, high=1), "default": 0.98}),
+    (["--fractions"], {"type": float, "nargs": 3, "default": [0.7, 0.1, 0.2]}),
+    (["--plain"], {"action": "store_true"}),
+]
+
+
+def test_flags_beat_config_beats_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 4\nsplit:\n  near_duplicate: 0.5\n  fractions: [0, 0, 1]\n  plain: true\npretrain: {lr: 9}\n")
+    args = parse(FLAGS, "--config", path)
+    assert (args.seed, args.near_duplicate, args.fractions, args.plain) == (4, 0.5, [0, 0, 1], True)
+    args = parse(FLAGS, "--config", path, "--seed", 7)
+    assert (args.seed, args.near_duplicate, args.overwrite) == (7, 0.5, False)
+    assert parse(FLAGS).near_duplicate == 0.98
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("lerning-rate: 1", ["lerning-rate"]),
+        ("split: {epochs: 3}", ["epochs"]),
+        ("near-duplicate: 1.5", ["--near-duplicate", "at most 1"]),
+        ("near-duplicate: true", ["--near-duplicate"]),
+        ("plain: 3", ["plain"]),
+        ("- 3", ["flag: value"]),
+        ("split: 3", ["split"]),
+        ("a: [", ["cannot be read"]),
+    ],
+)
+def test_bad_config(tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(FLAGS, "--config", path)
+    for word in [str(path), *words]:
+        assert word in str(error.value)
+
+
+def test_bad_flags():
+    for argv in (["--near-duplicate", "nan"], ["--nonsense"], ["--seed", "-1"], ["--config", "nowhere.yaml"]):
+        with pytest.raises(UserError):
+            parse(FLAGS, *argv)
+
+
+# Files and checkpoints
+
+
+def test_atomic_path_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), common.atomic_path(path) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with common.atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+class Malice:
+    def __reduce__(self):
+        return print, ("code from a checkpoint",)
+
+
+def test_checkpoints_that_are_refused(tmp_path, capsys):
+    path = tmp_path / "a.pt"
+    for content in ({"kind": "model", "x": Malice()}, [1, 2], {"kind": "other"}, {"kind": "model", "format_version": 99}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=r"a\.pt"):
+            common.load_checkpoint(path, "model")
+    path.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="cannot be read"):
+        common.load_checkpoint(path, "model")
+    assert "code from a checkpoint" not in capsys.readouterr().out
+
+
+def test_imagenet_without_network_names_the_other_choices(monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    with pytest.raises(UserError, match="--init random"):
+        common.init_backbone(MultitaskResNet18().backbone, "imagenet")
+
+
+def test_imagenet_weights_are_loaded(monkeypatch):
+    """The download cannot be tested offline; a stand-in of its form shows that all but ImageNet's own head arrives."""
+    weights = common.resnet18().state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
+    backbone = MultitaskResNet18().backbone
+    line, seen = common.init_backbone(backbone, "imagenet")
+    assert torch.equal(backbone.conv1.weight, weights["conv1.weight"])
+    assert "120 of 120" in line and "not loaded: fc" in line and len(seen) == 0
