@@ -1,7 +1,7 @@
 """What the stages share: names, flags, files, data, augmentation, model, losses, optimisation, checkpoints.
 
-Every script imports from here and nothing imports a script, so a stage can be read with this file alone beside it.
-The rooms, in order, are marked by banner comments.
+Every script imports from here and nothing imports a script, so a stage can be read with this file alone
+beside it. The rooms, in order, are marked by banner comments.
 """
 
 import argparse
@@ -57,7 +57,7 @@ FACE_NAME = re.compile(
 
 
 class Face(NamedTuple):
-    """What a UTKFace file name says: stem `<age>_<gender>_<race>_<timestamp>`, age in years, gender 0–1, race 0–4."""
+    """What a UTKFace file name says: stem `<age>_<gender>_<race>_<timestamp>`, age in years, labels."""
 
     stem: str
     age: int
@@ -66,7 +66,7 @@ class Face(NamedTuple):
 
 
 def parse_name(name: str) -> Face | None:
-    """Face of a UTKFace file name such as `26_1_0_20170116184751593.jpg.chip.jpg`, or None if it is malformed."""
+    """What a name such as `26_1_0_20170116184751593.jpg.chip.jpg` says, or None if it is malformed."""
     match = FACE_NAME.fullmatch(name)
     return Face(match[1], int(match[2]), int(match[3]), int(match[4])) if match else None
 
@@ -171,7 +171,8 @@ def add_training_flags(
 def read_config(path: str, parser: Parser) -> list[str]:
     """Command-line arguments equivalent to a YAML file, so that argparse checks both alike.
 
-    Top-level keys are this script's flags, or sections named after scripts, of which only this script's own is read.
+    Top-level keys are this script's flags, or sections named after scripts, of which only this script's own
+    is read.
     """
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -220,7 +221,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
 
 
 def run(main, parser: Parser, argv: list[str] | None = None):
-    """Calls `main(args)`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    """Calls `main(args)`; a `UserError` ends in one line on stderr and exit code 2, Ctrl-C in 130."""
     try:
         main(parse_args(parser, argv))
     except UserError as error:
@@ -235,12 +236,13 @@ def run(main, parser: Parser, argv: list[str] | None = None):
 progress = partial(tqdm, leave=False, delay=1, disable=None)
 
 
-def settings_of(args: argparse.Namespace) -> dict:
-    """The arguments that define a run's result, as builtins: what `--resume` compares and checkpoints carry."""
-    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-
-
+# Flags that change where and how a run happens, not what comes out.
 NOT_SETTINGS = ("config", "workers", "overwrite", "resume", "out", "device")
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """The arguments that define a run's result: what `--resume` compares and checkpoints carry."""
+    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -248,11 +250,15 @@ NOT_SETTINGS = ("config", "workers", "overwrite", "resume", "out", "device")
 # ------------------------------------------------------------------------------------------------------------
 
 
+UMASK = os.umask(0)  # the only way to read it is to set it
+os.umask(UMASK)
+
+
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = False):
-    """Yields a temporary path (same folder and suffix) that takes `path`'s place on success and vanishes on failure.
+    """Yields a temporary path that takes `path`'s place on success and vanishes on failure.
 
-    `sync` has it on the disk before the old file goes, for what took long to make.
+    It has the same folder and suffix. `sync` has it on the disk before the old file goes, for what took long.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,10 +276,6 @@ def atomic_path(path: str | Path, sync: bool = False):
         raise
 
 
-UMASK = os.umask(0)  # the only way to read it is to set it
-os.umask(UMASK)
-
-
 def write_csv(path: str | Path, rows: list[dict], columns: list[str] | None = None):
     """Writes rows (dicts with the same keys) as CSV; `columns` names the header when there may be no rows."""
     with (
@@ -286,7 +288,7 @@ def write_csv(path: str | Path, rows: list[dict], columns: list[str] | None = No
 
 
 def read_image(path: str | Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
-    """Decodes an image file to uint8 BGR (H, W, 3), or (H, W) with cv2.IMREAD_GRAYSCALE; UserError if unreadable."""
+    """Decodes an image file to uint8 BGR (H, W, 3), or grey (H, W); UserError if it cannot be."""
     try:
         image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     except (OSError, cv2.error):
@@ -297,7 +299,7 @@ def read_image(path: str | Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
 
 
 def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
-    """Faces in a folder written by masks.py or split.py, sorted by stem; UserError if it is missing or broken."""
+    """Faces in a folder of pairs, sorted by stem; UserError if it is missing, empty or broken."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: run the stage that writes it, or name another")
@@ -351,7 +353,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def set_seed(seed: int):
-    """Seeds torch (initial weights), numpy and random; augmentation and shuffling carry seeds of their own."""
+    """Seeds torch (initial weights), numpy and random; augmentation and order carry their own seeds."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -362,44 +364,50 @@ def set_seed(seed: int):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def random_crop(image_size: int, **options) -> A.RandomResizedCrop:
+    """A random crop resized to a square of `image_size`, averaging over pixels, the mask's too."""
+    how = {"interpolation": cv2.INTER_AREA, "mask_interpolation": cv2.INTER_AREA}
+    return A.RandomResizedCrop((image_size, image_size), **options, **how)
+
+
 def contrastive_augmentation(image_size: int) -> A.Compose:
     """SimCLR's view (Chen et al. 2020, appendix A), with crops mild enough to keep most of a face."""
+    light = (0.6, 1.4)
     return A.Compose(
         [
-            A.RandomResizedCrop(
-                (image_size, image_size), scale=(0.5, 1.0), interpolation=cv2.INTER_AREA,
-                mask_interpolation=cv2.INTER_AREA,
-            ),
+            random_crop(image_size, scale=(0.5, 1.0)),
             A.HorizontalFlip(p=0.5),
-            A.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1), p=0.8),
+            A.ColorJitter(brightness=light, contrast=light, saturation=light, hue=(-0.1, 0.1), p=0.8),
             A.ToGray(p=0.2),
             A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.5), p=0.3),
         ]
-    )  # fmt: skip
+    )
 
 
 def supervised_augmentation(image_size: int) -> A.Compose:
-    """A milder view that leaves the signs of age alone: slight crop and turn, flip, light and colour."""
+    """A milder view that leaves the signs of age alone: slight turn and crop, flip, light and colour."""
+    light = (0.7, 1.3)
     return A.Compose(
         [
-            A.Rotate(limit=12, interpolation=cv2.INTER_LINEAR, mask_interpolation=cv2.INTER_LINEAR,
-                     border_mode=cv2.BORDER_REFLECT_101, p=0.5),
-            A.RandomResizedCrop(
-                (image_size, image_size), scale=(0.7, 1.0), ratio=(0.9, 1.1), interpolation=cv2.INTER_AREA,
-                mask_interpolation=cv2.INTER_AREA,
+            A.Rotate(
+                limit=12,
+                mask_interpolation=cv2.INTER_LINEAR,
+                border_mode=cv2.BORDER_REFLECT_101,
+                p=0.5,
             ),
+            random_crop(image_size, scale=(0.7, 1.0), ratio=(0.9, 1.1)),
             A.HorizontalFlip(p=0.5),
-            A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
+            A.ColorJitter(brightness=light, contrast=light, saturation=light, hue=(-0.03, 0.03), p=0.8),
             A.ToGray(p=0.1),
         ]
-    )  # fmt: skip
+    )
 
 
 def seed_augmentation(augment: A.Compose, *key: int):
     """Makes the next draws of a pipeline depend on `key` alone.
 
-    One generator is shared by all transforms: `Compose.set_random_seed` would give each its own copy of the same
-    stream, so that a picture would be turned grey only when it is also flipped.
+    One generator is shared by all transforms: `Compose.set_random_seed` would give each its own copy of the
+    same stream, so that a picture would be turned grey only when it is also flipped.
     """
     generator = np.random.default_rng(key)
     augment.set_random_state(generator, random.Random(int(generator.integers(2**63))))
@@ -413,13 +421,15 @@ def seed_augmentation(augment: A.Compose, *key: int):
 class FaceDataset(Dataset):
     """Faces of one split folder, decoded once and kept in memory as uint8.
 
-    A sample is a dict: `image` uint8 (H, W, 3) RGB, or (views, H, W, 3) with several views; `mask` uint8 (H, W) in
-    {0, 1}, or (views, H, W), with `with_masks`; `age` in years; `group` 0–5. Without `augment` the picture is the
-    face resized to `image_size` (that square is also in `.images` and `.masks`); with it, each view is drawn from
-    (seed, epoch, index) alone, whatever worker asks. An index may be an int or the pair (epoch, index).
+    A sample is a dict: `image` uint8 (H, W, 3) RGB, or (views, H, W, 3) with several views; `mask` uint8 (H,
+    W) in {0, 1}, or (views, H, W), with `with_masks`; `age` in years; `group` 0–5. Without `augment` the
+    picture is the face resized to `image_size` (that square is also in `.images` and `.masks`); with it, each
+    view is drawn from (seed, epoch, index) alone, whatever worker asks. An index may be an int or the pair
+    (epoch, index).
 
-    `.faces` lists what the names say, `.ages` and `.groups` are int64 (N,), `.hashes` int64 (N,) name the pixels.
-    Raises UserError for a missing or empty folder, an unreadable image, or a mask that is missing or of another size.
+    `.faces` lists what the names say, `.ages` and `.groups` are int64 (N,), `.hashes` int64 (N,) name the
+    pixels. Raises UserError for a missing or empty folder, an unreadable image, or a mask that is missing or
+    of another size.
     """
 
     def __init__(self, folder, image_size, augment=None, views=1, with_masks=True, seed=0, workers=1):
@@ -492,7 +502,7 @@ def pixel_hash(image: np.ndarray) -> int:
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, index) keys: a new order each epoch from (seed, epoch), the last incomplete batch dropped.
+    """Batches of (epoch, index) keys, in a new order each epoch, the last incomplete one dropped.
 
     The key brings the epoch to the workers, so that they can stay alive between epochs.
     """
@@ -523,6 +533,8 @@ def train_loader(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        # Forked workers share the pictures in memory; other ways of starting them would copy all to each.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
 
@@ -530,7 +542,7 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 RGB (B, H, W, 3) on any device to normalised float32 (B, 3, H, W) on `device`, in channels-last memory."""
+    """uint8 RGB (B, H, W, 3) to normalised float32 (B, 3, H, W) on `device`, in channels-last memory."""
     images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # B×3×H×W
     mean, std = (
         torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (PIXEL_MEAN, PIXEL_STD)
@@ -574,9 +586,9 @@ class MultitaskResNet18(nn.Module):
         self.decoder = MaskDecoder() if multitask else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalised images (B, 3, H, W), sides multiples of 32 → group logits (B, 6), mask logits (B, 1, H, W) or None.
+        """Normalised images (B, 3, H, W) → group logits (B, 6), mask logits (B, 1, H, W) or None.
 
-        Raises ValueError for other sides when there is a decoder.
+        Raises ValueError if there is a decoder and H or W is no multiple of 32.
         """
         if self.decoder is not None and (images.shape[-2] % 32 or images.shape[-1] % 32):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(images.shape[-2:])}")
@@ -624,7 +636,8 @@ def init_backbone(backbone: nn.Module, init: str) -> tuple[str, Tensor]:
 
     Returns one line on what was loaded, and the int64 hashes of the faces that those weights have seen.
 
-    Raises UserError if the ImageNet weights cannot be had, or if the file is no checkpoint or nothing in it fits.
+    Raises UserError if the ImageNet weights cannot be had, or if the file is no checkpoint or nothing in it
+    fits.
     """
     seen = torch.empty(0, dtype=torch.int64)
     if init == "random":
@@ -676,12 +689,13 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.07) -> Tensor:
 
 
 def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sigma: float = 0.5) -> Tensor:
-    """Supervised InfoNCE in which faces of one age attract and others repel the more, the further apart in age.
+    """Supervised InfoNCE: faces of one age attract, others repel the more, the further apart in age.
 
-    z: (N, D) embeddings; ages: (N,) years. Returns a scalar in nats, zero if no two rows share an age. With s the
-    cosine similarity, τ the temperature and P(i) the other rows of i's age, it is the mean over i with non-empty P(i)
-    of −1/|P(i)| Σ_{p∈P(i)} log[ e^{s_ip/τ} / (e^{s_ip/τ} + Σ_{age_k≠age_i} e^{|age_i−age_k|/(50σ)} e^{s_ik/τ}) ]:
-    SupCon (Khosla et al. 2020) with one positive a term, negatives weighted by their distance in age.
+    z: (N, D) embeddings; ages: (N,) years. Returns a scalar in nats, zero if no two rows share an age. With s
+    the cosine similarity, τ the temperature and P(i) the other rows of i's age, it is the mean over i with
+    non-empty P(i) of −1/|P(i)| Σ_{p∈P(i)} log[ e^{s_ip/τ} / (e^{s_ip/τ} + Σ_{age_k≠age_i}
+    e^{|age_i−age_k|/(50σ)} e^{s_ik/τ}) ]: SupCon (Khosla et al. 2020) with one positive a term, negatives
+    weighted by their distance in age.
     """
     z = unit_rows(z)  # N×D
     with torch.autocast(z.device.type, enabled=False):
@@ -701,8 +715,8 @@ def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sig
 def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice (per image, then mean) for a one-channel mask.
 
-    logits, mask: (B, 1, H, W), the mask in [0, 1] of any dtype. Returns a scalar, zero in the limit of a perfect mask.
-    Raises ValueError if the shapes differ.
+    logits, mask: (B, 1, H, W), the mask in [0, 1] of any dtype. Returns a scalar, zero in the limit of a
+    perfect mask. Raises ValueError if the shapes differ.
     """
     if logits.shape != mask.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and mask {tuple(mask.shape)} differ in shape")
@@ -729,8 +743,8 @@ def build_param_groups(
 ) -> list[dict]:
     """Optimizer groups: every parameter in exactly one, none for biases and norms in `weight_decay`.
 
-    strategy: "uniform" (one rate) or "differentiated" (parameters under `model.backbone` at lr × backbone_lr_scale).
-    Raises ValueError for another strategy.
+    strategy: "uniform" (one rate) or "differentiated" (parameters under `model.backbone` at lr ×
+    backbone_lr_scale). Raises ValueError for another strategy.
     """
     if strategy not in ("uniform", "differentiated"):
         raise ValueError(f"strategy must be uniform or differentiated, not {strategy}")
@@ -752,7 +766,7 @@ def build_param_groups(
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rates that rise linearly over the first 5 % of `steps`, then fall along a half cosine to zero."""
+    """Learning rates that rise linearly over the first 5 % of `steps`, then fall as a cosine to zero."""
     warmup = max(1, steps // 20)
 
     def factor(step):
@@ -771,15 +785,16 @@ FORMAT_VERSION = 1
 
 
 def save_checkpoint(path: str | Path, kind: str, args: argparse.Namespace, **content):
-    """Writes a checkpoint: a dict of tensors and builtins with `kind`, version, config, preprocessing and `content`."""
+    """Writes a checkpoint: tensors and builtins with kind, version, config, preprocessing, `content`."""
     preprocessing = {"image_size": args.image_size, "mean": PIXEL_MEAN, "std": PIXEL_STD, "channels": "RGB"}
     header = {"kind": kind, "format_version": FORMAT_VERSION, "config": settings_of(args)}
-    with atomic_path(path, sync=True) as temporary:
-        torch.save({**header, "preprocessing": preprocessing, **content}, temporary)
+    # To a file object: given a path, torch.save writes its (temporary) name into the file.
+    with atomic_path(path, sync=True) as temporary, open(temporary, "wb") as file:
+        torch.save({**header, "preprocessing": preprocessing, **content}, file)
 
 
 def load_checkpoint(path: str | Path, kinds: str | tuple[str, ...]) -> dict:
-    """Reads a checkpoint of one of `kinds` onto the CPU; UserError if it is missing, no checkpoint or another kind."""
+    """Reads a checkpoint of one of `kinds` onto the CPU; UserError if it is missing or anything else."""
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     if not Path(path).is_file():
         raise UserError(f"{path} is not there: run the stage that writes it, or name another file")
@@ -804,7 +819,7 @@ def last_path(out: str | Path) -> Path:
 
 
 def open_run(args: argparse.Namespace, kind: str) -> dict | None:
-    """The state in `.last.pt` to continue from, or None to start; UserError if that would clobber another run.
+    """The state in `.last.pt` to continue from, or None; UserError if another run would be clobbered.
 
     A finished run with the same settings counts as one to continue: nothing is left to train.
     """
@@ -835,14 +850,14 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
 
 
 def check_same_faces(state: dict, hashes: Tensor, args: argparse.Namespace):
-    """UserError if the faces to train on, given by their hashes int64 (N,), are not those of the run to continue."""
+    """UserError if the faces to train on, by their hashes int64 (N,), are not the interrupted run's."""
     if not torch.equal(state["hashes"], hashes):
         last = last_path(args.out)
         raise UserError(f"{last} learned from other faces than {args.data} holds: --overwrite starts again")
 
 
 def training_state(model, optimizer, schedule, scaler) -> dict:
-    """What `.last.pt` keeps of these objects, with torch's random state; `restore_training` is its inverse."""
+    """What `.last.pt` keeps of these objects, and torch's random state; see `restore_training`."""
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     return {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
 

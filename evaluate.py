@@ -1,4 +1,4 @@
-"""Scores a checkpoint on a split it has not learned from: metrics with intervals, confusion matrix, predictions.
+"""Scores a checkpoint on faces it has not learned from: metrics with intervals, confusion matrix.
 
     python evaluate.py
     python evaluate.py model.pt --data dataset/processed_split --split test --out results
@@ -62,9 +62,10 @@ def load_model(path, device):
 def compute_metrics(probabilities, groups, overlap=None):
     """Every metric of a set of faces as a dict of floats.
 
-    probabilities: float (N, 6); groups: int64 (N,); overlap: {"iou": (N,), "dice": (N,)} or None. Balanced accuracy,
-    AUC and AP average over the classes present in `groups`, F1 and precision over those present in `groups` or among
-    the predictions, a class that is never predicted having precision 0. AUC is NaN where only one class is present.
+    probabilities: float (N, 6); groups: int64 (N,); overlap: {"iou": (N,), "dice": (N,)} or None. Balanced
+    accuracy, AUC and AP average over the classes present in `groups`, F1 and precision over those present in
+    `groups` or among the predictions, a class that is never predicted having precision 0. AUC is NaN where
+    only one class is present.
     """
     count = probabilities.shape[1]
     predicted = probabilities.argmax(dim=1)
@@ -92,7 +93,8 @@ def compute_metrics(probabilities, groups, overlap=None):
 def bootstrap(probabilities, groups, clusters, overlap=None, resamples=RESAMPLES, seed=0):
     """95 % percentile intervals {metric: [low, high]} over `resamples` draws of faces with replacement.
 
-    clusters: int (N,); faces of one cluster (near-duplicates) are drawn together, since they tell the same thing.
+    clusters: int (N,); faces of one cluster (near-duplicates) are drawn together, since they tell the same
+    thing.
     """
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(clusters == cluster) for cluster in np.unique(clusters)]
@@ -102,11 +104,15 @@ def bootstrap(probabilities, groups, clusters, overlap=None, resamples=RESAMPLES
         index = torch.from_numpy(np.concatenate([members[i] for i in chosen]))
         part = None if overlap is None else {name: values[index] for name, values in overlap.items()}
         draws.append(compute_metrics(probabilities[index], groups[index], part))
-    return {name: np.nanpercentile([draw[name] for draw in draws], [2.5, 97.5]).tolist() for name in draws[0]}
+    intervals = {}
+    for name in draws[0]:
+        values = [draw[name] for draw in draws if not np.isnan(draw[name])] or [np.nan]
+        intervals[name] = np.percentile(values, [2.5, 97.5]).tolist()
+    return intervals
 
 
 def read_clusters(data, files):
-    """Near-duplicate group of each file, int (N,), from the split's table; each face its own where there is none."""
+    """Near-duplicate group of each file, int (N,), from the split's table if there is one."""
     first = {}
     if (Path(data) / "split.csv").is_file():
         with open(Path(data) / "split.csv", newline="", encoding="utf-8") as file:
@@ -201,9 +207,7 @@ def main(args):
     matrix = tm.multiclass_confusion_matrix(predicted, groups, len(GROUP_NAMES)).numpy()
     plot_confusion_matrix(out / "confusion_matrix.png", matrix)
 
-    print(
-        f"{args.checkpoint} on {len(dataset)} faces of {args.data}/{args.split}, with 95 % bootstrap intervals:"
-    )
+    print(f"{args.checkpoint} on {len(dataset)} faces of {args.data}/{args.split}, 95 % bootstrap intervals:")
     for name, value in values.items():
         low, high = intervals[name]
         print(f"  {LABELS[name]:34}{value:7.2%}  [{low:.2%}, {high:.2%}]")

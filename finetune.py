@@ -3,8 +3,8 @@
     python finetune.py --multitask --lr-strategy differentiated --init contrastive.pt
     python finetune.py --config configs/classification.yaml
 
-Keeps the epoch that does best on val (accuracy, ties by loss) in --out; writes beside it a history CSV, curves,
-and `.last.pt` for --resume.
+Keeps the epoch that does best on val (accuracy, ties by loss) in --out; writes beside it a history CSV,
+curves, and `.last.pt` for --resume.
 """
 
 import argparse
@@ -182,8 +182,8 @@ def main(args):
             weights = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
             best = {"epoch": epoch + 1, "rank": rank, "figures": figures, "weights": weights}
         print(
-            f"epoch {epoch + 1}/{args.epochs}: train loss {group_loss:.4f}, val loss {figures['val_loss']:.4f}, "
-            f"val accuracy {figures['val_accuracy']:.2%}"
+            f"epoch {epoch + 1}/{args.epochs}: train loss {group_loss:.4f}, "
+            f"val loss {figures['val_loss']:.4f}, val accuracy {figures['val_accuracy']:.2%}"
             + (f", val mask IoU {figures['val_mask_iou']:.3f}" if args.multitask else "")
             + f", {seconds:.0f} s, {len(loader) * args.batch_size / seconds:.0f} faces/s"
         )
@@ -209,8 +209,8 @@ def main(args):
     panels |= {"val mask IoU": ["val_mask_iou"]} if args.multitask else {}
     plot_history(Path(args.out).with_suffix(".png"), history, panels)
     print(
-        f"{args.out} written: epoch {best['epoch']} of {args.epochs}, val accuracy "
-        f"{best['figures']['val_accuracy']:.2%} on {len(val)} faces (trained on {len(train)} at {args.image_size} px)"
+        f"{args.out} written: epoch {best['epoch']} of {args.epochs} on {len(train)} faces "
+        f"at {args.image_size} px, val accuracy {best['figures']['val_accuracy']:.2%} on {len(val)}"
     )
 
 

@@ -3,8 +3,8 @@
     python pretrain.py --epochs 100
     python pretrain.py --positives age --init imagenet
 
-Writes the backbone alone (the projection head has done its work) to --out, and beside it a history CSV, curves,
-and `.last.pt` for --resume.
+Writes the backbone alone (the projection head has done its work) to --out, and beside it a history CSV,
+curves, and `.last.pt` for --resume.
 """
 
 import math
@@ -87,7 +87,7 @@ def train_one_epoch(model, loader, optimizer, schedule, scaler, args, device, dt
 
 
 def warn_of_odd_start(first_loss, batch_size):
-    """At random weights no pair stands out yet, so NT-Xent starts near log(2N−1); else something is miswired."""
+    """At random weights no pair stands out yet, so NT-Xent starts near log(2N−1), or is miswired."""
     expected = math.log(2 * batch_size - 1)
     if abs(first_loss - expected) > 0.25 * expected:
         print(
@@ -185,8 +185,8 @@ def main(args):
         Path(args.out).with_suffix(".png"), history, {"contrastive loss": ["loss"], "learning rate": ["lr"]}
     )
     print(
-        f"{args.out} written: backbone after {args.epochs} epochs on {len(dataset)} faces at {args.image_size} px, "
-        f"loss {history[-1]['loss']:.4f}"
+        f"{args.out} written: backbone after {args.epochs} epochs on {len(dataset)} faces "
+        f"at {args.image_size} px, loss {history[-1]['loss']:.4f}"
     )
 
 

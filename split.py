@@ -4,8 +4,8 @@
     python split.py --fractions 0 0 1 --input exam --output exam_split
 
 Every age group is shared out in the fractions asked for. Near-duplicates (thumbnails that correlate above a
-threshold, and whatever they are linked to through others) stay together; those whose ages disagree are listed in
-`conflicts.csv`. The result depends on the faces and the seed alone, not on the order of files.
+threshold, and whatever they are linked to through others) stay together; those whose ages disagree are listed
+in `conflicts.csv`. The result depends on the faces and the seed alone, not on the order of files.
 """
 
 import csv
@@ -42,7 +42,8 @@ def read_thumbnails(folder, faces, workers):
     """Checks each pair and reduces its image to a 32×32 grey thumbnail.
 
     Returns float32 (N, 1024), rows of zero mean and unit length (a flat picture is all zeros), so that the
-    product of two rows is their Pearson correlation. Raises UserError for a mask of another size than its image.
+    product of two rows is their Pearson correlation. Raises UserError for a mask of another size than its
+    image.
     """
     thumbnails = np.empty((len(faces), 32 * 32), np.float32)
 
@@ -78,7 +79,7 @@ def find_near_duplicates(thumbnails, threshold, block=1024):
 
 
 def connect(count, pairs):
-    """The smallest index that each of `count` items is linked to through `pairs`, directly or not: int (count,)."""
+    """The smallest index that each item is linked to through `pairs`, directly or not: int (count,)."""
     root = list(range(count))
 
     def find(i):
@@ -96,8 +97,8 @@ def connect(count, pairs):
 def assign(groups, components, fractions, seed):
     """Splits 0–2 for N faces: components stay whole, and every age group is shared out in `fractions`.
 
-    groups, components: int (N,). Components of several faces are placed first, the largest first, each where its age
-    groups are furthest below their share; single faces then fill every share exactly.
+    groups, components: int (N,). Components of several faces are placed first, the largest first, each where
+    its age groups are furthest below their share; single faces then fill every share exactly.
     """
     fractions = np.asarray(fractions)
     rng = np.random.default_rng(seed)
@@ -133,7 +134,7 @@ def print_table(groups, splits):
 
 
 def write_split(source, target, rows, conflicts, overwrite):
-    """Builds the split's folders beside `target`, with hard links to the pairs where possible, then renames them."""
+    """Builds the folders beside `target`, with hard links to the pairs where possible, and renames."""
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     try:
@@ -253,8 +254,10 @@ def main(args):
         write_split(source, target, rows, conflicts, args.overwrite)
 
     print_table(groups, splits)
-    for group in np.setdiff1d(groups, groups[splits == 0]) if args.fractions[0] > 0 else []:
-        print(f"warning: no {GROUP_NAMES[group]} face in train", file=sys.stderr)
+    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), groups[splits == 0])
+    if len(missing) and args.fractions[0] > 0:
+        names = ", ".join(GROUP_NAMES[group] for group in missing)
+        print(f"warning: train holds no face of {names}: finetune.py will refuse it", file=sys.stderr)
     several = np.unique(components, return_counts=True)[1]
     several = several[several > 1]
     print(

@@ -1,4 +1,4 @@
-"""What the tests share: the scripts' own command lines, and a small set of drawn faces taken through masks and split."""
+"""What the tests share: the scripts' command lines, and a few drawn faces taken through masks and split."""
 
 import importlib
 import os
@@ -61,7 +61,9 @@ def write_pair(folder, stem, image, mask=None):
     """Writes an image uint8 (H, W, 3) and its mask (all face by default) as masks.py would."""
     folder.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(folder / f"{stem}_image.png"), image)
-    cv2.imwrite(str(folder / f"{stem}_mask.png"), np.full(image.shape[:2], 255, np.uint8) if mask is None else mask)
+    cv2.imwrite(
+        str(folder / f"{stem}_mask.png"), np.full(image.shape[:2], 255, np.uint8) if mask is None else mask
+    )
 
 
 def noise_pairs(folder, ages, seed=0, side=40):

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import albumentations as A
 import numpy as np
@@ -41,7 +42,11 @@ def test_age_groups():
 
 @pytest.mark.parametrize(
     "name",
-    ["26_1_0_20170116184751593.jpg.chip.jpg", "26_1_0_20170116184751593.webp", "26_1_0_20170116184751593.PNG"],
+    [
+        "26_1_0_20170116184751593.jpg.chip.jpg",
+        "26_1_0_20170116184751593.webp",
+        "26_1_0_20170116184751593.PNG",
+    ],
 )
 def test_good_names(name):
     assert parse_name(name) == ("26_1_0_20170116184751593", 26, 1, 0)
@@ -228,7 +233,7 @@ def test_warmup_cosine():
         optimizer.step()
         schedule.step()
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:])) and rates[-1] < 0.01
+    assert all(a >= b for a, b in pairwise(rates[4:])) and rates[-1] < 0.01
 
 
 # Data and augmentation
@@ -330,7 +335,12 @@ def test_to_input():
     [
         (lambda folder, stem: (folder / f"{stem}_mask.png").unlink(), "_mask.png"),
         (lambda folder, stem: (folder / f"{stem}_image.png").write_text("no image"), "readable"),
-        (lambda folder, stem: write_pair(folder, stem, np.zeros((9, 9, 3), np.uint8), np.zeros((8, 8), np.uint8)), "size"),
+        (
+            lambda folder, stem: write_pair(
+                folder, stem, np.zeros((9, 9, 3), np.uint8), np.zeros((8, 8), np.uint8)
+            ),
+            "size",
+        ),
     ],
 )
 def test_broken_pairs(tmp_path, break_it, word):
@@ -365,7 +375,9 @@ FLAGS = [
 
 def test_flags_beat_config_beats_defaults(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("seed: 4\nsplit:\n  near_duplicate: 0.5\n  fractions: [0, 0, 1]\n  plain: true\npretrain: {lr: 9}\n")
+    path.write_text(
+        "seed: 4\nsplit:\n  near_duplicate: 0.5\n  fractions: [0, 0, 1]\n  plain: true\npretrain: {lr: 9}\n"
+    )
     args = parse(FLAGS, "--config", path)
     assert (args.seed, args.near_duplicate, args.fractions, args.plain) == (4, 0.5, [0, 0, 1], True)
     args = parse(FLAGS, "--config", path, "--seed", 7)
@@ -423,7 +435,12 @@ class Malice:
 
 def test_checkpoints_that_are_refused(tmp_path, capsys):
     path = tmp_path / "a.pt"
-    for content in ({"kind": "model", "x": Malice()}, [1, 2], {"kind": "other"}, {"kind": "model", "format_version": 99}):
+    for content in (
+        {"kind": "model", "x": Malice()},
+        [1, 2],
+        {"kind": "other"},
+        {"kind": "model", "format_version": 99},
+    ):
         torch.save(content, path)
         with pytest.raises(UserError, match=r"a\.pt"):
             common.load_checkpoint(path, "model")
@@ -444,7 +461,7 @@ def test_imagenet_without_network_names_the_other_choices(monkeypatch):
 
 
 def test_imagenet_weights_are_loaded(monkeypatch):
-    """The download cannot be tested offline; a stand-in of its form shows that all but ImageNet's own head arrives."""
+    """A stand-in of the download's form: everything but ImageNet's own head must arrive."""
     weights = common.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
     backbone = MultitaskResNet18().backbone

@@ -1,0 +1,64 @@
+"""The whole chain as a user runs it: a process a stage, in an empty folder, defaults handing files on."""
+
+import json
+
+from conftest import ROOT, shell
+
+
+def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
+    small = ["--image-size", 64, "--batch-size", 32, "--device", "cpu"]
+    chain = [
+        ("synthesize", ["--count", 600]),
+        ("masks", []),
+        ("split", []),
+        ("pretrain", ["--epochs", 1, *small]),
+        (
+            "finetune",
+            [
+                "--multitask",
+                "--lr-strategy",
+                "differentiated",
+                "--init",
+                "contrastive.pt",
+                "--epochs",
+                6,
+                *small,
+            ],
+        ),
+        ("evaluate", []),
+    ]
+    for script, arguments in chain:
+        done = shell(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "" and len(done.stdout.splitlines()) >= 1, done.stderr
+    metrics = json.loads((tmp_path / "results/metrics.json").read_text())
+    assert metrics["n"] >= 100
+    assert metrics["balanced_accuracy"]["ci95"][0] > 1 / 6  # chance
+    assert metrics["mask_iou"]["value"] > 0.6
+    assert metrics["seen_in_training"] == 0
+    assert (tmp_path / "results/confusion_matrix.png").stat().st_size > 10_000
+    assert (tmp_path / "dataset/processed/preview.png").stat().st_size > 10_000
+
+
+def test_help_explains_every_flag():
+    for script in ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate"):
+        done = shell(script, "-h", cwd=ROOT)
+        assert done.returncode == 0 and f"python {script}.py" in done.stdout
+        for flag in ("--config", "--seed", "--workers", "--overwrite"):
+            assert flag in done.stdout
+        assert "default:" in done.stdout
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    done = shell("split", "--input", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_configs_that_ship_are_valid():
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        for script in ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate"):
+            module = __import__(script)
+            from common import parse_args
+
+            assert parse_args(module.get_parser(), ["--config", str(path)]).config == str(path)

@@ -1,0 +1,151 @@
+import csv
+import shutil
+
+import pytest
+import torch
+
+import finetune
+from common import load_checkpoint
+from conftest import noise_pairs
+
+FAST = ["--image-size", 32, "--batch-size", 16, "--workers", 0, "--device", "cpu", "--init", "random"]
+
+
+def history(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("multitask", [True, False])
+def test_writes_model_history_and_curves(drawn, tmp_path, cli, multitask):
+    out = tmp_path / "m.pt"
+    flags = ["--data", drawn / "dataset/processed_split", "--out", out, "--epochs", 2]
+    code, printed, _ = cli("finetune", *flags, *FAST, *["--multitask"] * multitask)
+    assert code == 0 and str(out) in printed.splitlines()[-1]
+    checkpoint = load_checkpoint(out, "model")
+    assert any(key.startswith("decoder.") for key in checkpoint["weights"]) == multitask
+    rows = history(tmp_path / "m.csv")
+    assert len(rows) == 2
+    assert all((float(row["train_mask_loss"]) > 0) == multitask for row in rows)
+    assert all((row["val_mask_iou"] != "") == multitask for row in rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv", "m.last.pt", "m.png", "m.pt"]
+
+
+def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkeypatch):
+    scores = iter([(0.4, 2.0), (0.6, 1.5), (0.6, 1.2), (0.6, 1.3), (0.5, 0.1)])
+    weights = []
+
+    def scripted(model, *_):
+        weights.append(model.head.weight.detach().clone())
+        accuracy, loss = next(scores)
+        return {"val_loss": loss, "val_accuracy": accuracy, "val_mask_iou": None}
+
+    monkeypatch.setattr(finetune, "validate", scripted)
+    flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "m.pt", "--epochs", 5]
+    assert cli("finetune", *flags, *FAST)[0] == 0
+    checkpoint = load_checkpoint(tmp_path / "m.pt", "model")
+    assert checkpoint["epoch"] == 3 and checkpoint["val"]["val_loss"] == 1.2
+    assert torch.equal(checkpoint["weights"]["head.weight"], weights[2])
+
+
+def test_init_from_contrastive_says_what_was_loaded(drawn, tmp_path, cli, refuse):
+    data = ["--data", drawn / "dataset/processed_split"]
+    contrastive = tmp_path / "c.pt"
+    pretraining = [flag for flag in FAST if flag not in ("--init", "random")]
+    assert cli("pretrain", *data, *pretraining, "--out", contrastive, "--epochs", 1)[0] == 0
+    out = tmp_path / "m.pt"
+    code, printed, _ = cli(
+        "finetune",
+        *data,
+        *FAST,
+        "--init",
+        contrastive,
+        "--out",
+        out,
+        "--epochs",
+        1,
+        "--lr",
+        1e-9,
+        "--multitask",
+    )
+    assert (
+        code == 0
+        and f"120 of 120 tensors loaded from {contrastive}" in printed
+        and "heads start fresh" in printed
+    )
+    before, after = (
+        load_checkpoint(contrastive, "contrastive")["weights"],
+        load_checkpoint(out, "model")["weights"],
+    )
+    assert torch.allclose(
+        before["backbone.layer4.1.conv2.weight"], after["backbone.layer4.1.conv2.weight"], atol=1e-6
+    )
+    state = torch.load(contrastive, weights_only=True)
+    state["weights"] = {"nothing.weight": torch.zeros(3)}
+    torch.save(state, contrastive)
+    refuse(
+        "finetune",
+        *data,
+        *FAST,
+        "--init",
+        contrastive,
+        "--out",
+        tmp_path / "n.pt",
+        words=["--init", "no weight"],
+    )
+    refuse(
+        "finetune", *data, *FAST, "--init", tmp_path / "m.last.pt", "--out", tmp_path / "n.pt",
+        words=["m.last.pt", "model.last checkpoint"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_resume_ends_with_the_same_weights(drawn, tmp_path, cli, monkeypatch, script):
+    """A run stopped in its second epoch and resumed, with other workers, equals one never stopped."""
+    flags = ["--data", drawn / "dataset/processed_split", "--epochs", 3, *FAST]
+    flags += ["--multitask", "--lr-strategy", "differentiated"] if script == "finetune" else []
+    assert cli(script, *flags, "--out", tmp_path / "whole.pt")[0] == 0
+
+    module = __import__(script)
+    train, calls = module.train_one_epoch, []
+
+    def stop_in_second(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    monkeypatch.setattr(module, "train_one_epoch", stop_in_second)
+    out = tmp_path / "cut.pt"
+    assert cli(script, *flags, "--out", out)[0] == 130
+    monkeypatch.setattr(module, "train_one_epoch", train)
+    code, _, err = cli(script, *flags, "--out", out)
+    assert code == 2 and "--resume" in err and "--overwrite" in err
+    code, printed, _ = cli(script, *flags, "--out", out, "--resume", "--workers", 2)
+    assert code == 0 and "resumed" in printed and "epoch 1" in printed
+    kind = "model" if script == "finetune" else "contrastive"
+    whole, cut = (load_checkpoint(tmp_path / f"{name}.pt", kind)["weights"] for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+    rows = [history(tmp_path / f"{name}.csv") for name in ("whole", "cut")]
+    assert [{**row, "seconds": ""} for row in rows[0]] == [{**row, "seconds": ""} for row in rows[1]]
+
+    before = out.read_bytes()
+    code, printed, _ = cli(script, *flags, "--out", out, "--resume")  # finished: nothing changes
+    assert code == 0 and out.read_bytes() == before
+    code, _, err = cli(script, *flags, "--out", out, "--epochs", 4)
+    assert code == 2 and "--epochs" in err and "--overwrite" in err
+
+
+def test_bad_input(drawn, tmp_path, refuse):
+    data = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "m.pt"]
+    refuse("finetune", *data, *FAST, "--lr-strategy", "layerwise", words=["--lr-strategy"])
+    refuse("finetune", *data, *FAST, "--precision", "fp16", words=["--precision"])
+    copy = tmp_path / "split"
+    shutil.copytree(drawn / "dataset/processed_split", copy)
+    mask = next((copy / "val").glob("*_mask.png"))
+    mask.unlink()
+    refuse("finetune", "--data", copy, "--out", tmp_path / "m.pt", *FAST, "--multitask", words=[mask.name])
+    shutil.rmtree(copy / "train")
+    noise_pairs(copy / "train", [2, 8, 30, 50, 80] * 4)
+    refuse("finetune", "--data", copy, "--out", tmp_path / "m.pt", *FAST, words=["train", "Youth"])
+    assert [path.name for path in tmp_path.iterdir()] == ["split"]

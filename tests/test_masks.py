@@ -1,0 +1,223 @@
+import csv
+import io
+import os
+import tarfile
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from masks import grabcut_mask
+
+
+def read(path, flags=cv2.IMREAD_UNCHANGED):
+    return cv2.imread(str(path), flags)
+
+
+def skipped(folder):
+    with open(folder / "skipped.csv", newline="", encoding="utf-8") as file:
+        return {row["file"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def pairs(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("*_*.png")}
+
+
+@pytest.fixture(scope="module")
+def raw(drawn, tmp_path_factory):
+    """A folder of twelve drawn faces."""
+    folder = tmp_path_factory.mktemp("raw")
+    for path in sorted((drawn / "dataset/raw").iterdir())[::13]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def archive(raw, path):
+    """Packs a folder's files as the official download does."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            for file in sorted(raw.iterdir()):
+                packed.write(file, f"UTKFace/{file.name}")
+    else:
+        with tarfile.open(path, "w:gz") as packed:
+            packed.add(raw, "UTKFace")
+    return path
+
+
+def test_folder_and_archives_give_the_same_pairs(raw, tmp_path, cli):
+    sources = [raw, archive(raw, tmp_path / "a.tar.gz"), archive(raw, tmp_path / "a.zip")]
+    results = []
+    for i, source in enumerate(sources):
+        code, out, _ = cli("masks", "--input", source, "--output", tmp_path / str(i), "--workers", i + 1)
+        assert code == 0 and str(tmp_path / str(i)) in out.splitlines()[-1]
+        results.append(pairs(tmp_path / str(i)))
+    assert results[0] == results[1] == results[2]  # whatever the number of workers, too
+    assert len(results[0]) == 2 * len(list(raw.iterdir()))
+    assert skipped(tmp_path / "0") == {}
+    assert read(tmp_path / "0/preview.png").shape[0] > 100
+
+
+def test_pairs_keep_the_original_size_and_pixels(raw, tmp_path, cli):
+    source = tmp_path / "in"
+    source.mkdir()
+    picture = read(next(raw.iterdir()))[:150, 10:]  # 150×190
+    cv2.imwrite(str(source / "7_1_2_20170000000000000.png"), picture)
+    Image.fromarray(picture[..., 0]).save(source / "8_1_2_20170000000000000.png")
+    assert cli("masks", "--input", source, "--output", tmp_path / "out")[0] == 0
+    assert np.array_equal(read(tmp_path / "out/7_1_2_20170000000000000_image.png"), picture)
+    assert read(tmp_path / "out/8_1_2_20170000000000000_image.png").shape == (150, 190, 3)
+    for stem in ("7_1_2_20170000000000000", "8_1_2_20170000000000000"):
+        mask = read(tmp_path / f"out/{stem}_mask.png")
+        assert mask.shape == (150, 190) and mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
+
+
+def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
+    good = next(raw.iterdir())
+    path = tmp_path / "a.tar.gz"
+    files = {
+        "UTKFace/1_0_0_20170000000000001.jpg.chip.jpg": good.read_bytes(),
+        "UTKFace/39_1_20170116174525125.jpg.chip.jpg": good.read_bytes(),
+        "UTKFace/24_0_1_20170116220224657 .jpg.chip.jpg": good.read_bytes(),
+        "UTKFace/55_0_0_20170116232725357jpg.chip.jpg": good.read_bytes(),
+        "UTKFace/2_0_0_20170000000000002.jpg": b"no image",
+        "UTKFace/3_0_0_20170000000000003.jpg": b"",
+        "again/1_0_0_20170000000000001.jpg.chip.jpg": good.read_bytes(),
+        "UTKFace/README.txt": b"hello",
+    }
+    with tarfile.open(path, "w:gz") as packed:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            packed.addfile(member, io.BytesIO(data))
+    code, out, _ = cli("masks", "--input", path, "--output", tmp_path / "out")
+    assert code == 0 and "1 pairs written" in out and "7 files skipped" in out
+    reasons = skipped(tmp_path / "out")
+    assert len(reasons) == 7 and len(pairs(tmp_path / "out")) == 2
+    assert [name for name, reason in sorted(reasons.items()) if "malformed" in reason] == [
+        *sorted(list(files)[1:4]),
+        "UTKFace/README.txt",
+    ]
+    assert "unreadable" in reasons["UTKFace/2_0_0_20170000000000002.jpg"]
+    assert "unreadable" in reasons["UTKFace/3_0_0_20170000000000003.jpg"]
+    assert "same name" in reasons["again/1_0_0_20170000000000001.jpg.chip.jpg"]
+
+
+def test_nothing_is_extracted_by_path(raw, tmp_path, cli):
+    path = tmp_path / "in/a.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("../../1_0_0_20170000000000001.jpg", next(raw.iterdir()).read_bytes())
+    assert cli("masks", "--input", path, "--output", tmp_path / "x/y")[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["in", "x"] and os.listdir(tmp_path / "x") == ["y"]
+    assert "1_0_0_20170000000000001_mask.png" in os.listdir(tmp_path / "x/y")
+
+
+def test_resumes_with_what_is_missing(raw, tmp_path, cli, refuse):
+    out = tmp_path / "out"
+    assert cli("masks", "--input", raw, "--output", out)[0] == 0
+    before = pairs(out)
+    names = sorted(before)
+    (out / names[0]).unlink()
+    (out / names[4]).unlink()
+    kept = cv2.imencode(".png", np.zeros((5, 5, 3), np.uint8))[1].tobytes()
+    (out / names[8]).write_bytes(kept)
+    code, printed, _ = cli("masks", "--input", raw, "--output", out)
+    assert code == 0 and f"{2} pairs written" in printed and f"{len(names) // 2 - 2} already there" in printed
+    after = pairs(out)
+    assert after.pop(names[8]) == kept and before.pop(names[8]) and after == before
+    assert cli("masks", "--input", raw, "--output", out, "--overwrite")[0] == 0
+    assert pairs(out)[names[8]] != kept
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+    (out / names[0]).write_bytes(b"no image")  # the first pair is always in the preview
+    refuse("masks", "--input", raw, "--output", out, words=[names[0], "delete it"])
+
+
+def test_masks_agree_with_the_truth(drawn):
+    overlaps = []
+    for path in sorted((drawn / "dataset/processed").glob("*_mask.png")):
+        found, true = read(path) > 0, read(drawn / "dataset/raw_masks" / path.name) > 0
+        overlaps.append((found & true).sum() / (found | true).sum())
+    assert len(overlaps) == 150 and np.mean(overlaps) > 0.8 and np.percentile(overlaps, 5) > 0.6
+
+
+def test_masks_follow_the_picture(drawn):
+    """Shifting a face must shift its mask: a constant mean shape would not do."""
+    shifts = []
+    for path in sorted((drawn / "dataset/processed").glob("*_image.png"))[:40]:
+        image = read(path)
+        left, right = (
+            cv2.warpAffine(
+                image, np.float32([[1, 0, by], [0, 1, 0]]), (200, 200), borderMode=cv2.BORDER_REPLICATE
+            )
+            for by in (-14, 14)
+        )
+        centres = [np.flatnonzero(grabcut_mask(moved).any(axis=0)).mean() for moved in (left, right)]
+        shifts.append(centres[1] - centres[0])
+    assert np.mean(shifts) > 6
+
+
+def parsing_network(path, classes=19, side=512):
+    """A stand-in for a face-parsing ONNX: 1×1 convolution to logits, an auxiliary output beside them."""
+    onnx = pytest.importorskip("onnx")
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(classes, 3, 1, 1)).astype(np.float32)
+    shape = onnx.helper.make_tensor_value_info
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Conv", ["input", "weight"], ["output"]),
+            onnx.helper.make_node("Neg", ["output"], ["auxiliary"]),
+        ],
+        "parsing",
+        [shape("input", kind, (1, 3, side, side))],
+        [shape("output", kind, (1, classes, side, side)), shape("auxiliary", kind, (1, classes, side, side))],
+        [onnx.numpy_helper.from_array(weight, "weight")],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path
+    )
+    return weight[:, :, 0, 0]
+
+
+def test_face_parsing_network(raw, tmp_path, cli):
+    weight = parsing_network(tmp_path / "parsing.onnx")
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(3):  # at the network's own side, resizing leaves pixels as they are
+        picture = cv2.resize(read(sorted(raw.iterdir())[i]), (512, 512))
+        cv2.imwrite(str(source / f"3{i}_0_0_20170000000000001.png"), picture)
+    flags = ["--input", source, "--parser", tmp_path / "parsing.onnx", "--workers", 2]
+    code, _, err = cli("masks", *flags, "--output", tmp_path / "out")
+    assert code == 0, err
+    for i in range(3):
+        stem = f"3{i}_0_0_20170000000000001"
+        rgb = read(tmp_path / f"out/{stem}_image.png")[..., ::-1] / 255
+        logits = ((rgb - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]) @ weight.T  # 512×512×19
+        top = np.sort(logits, axis=2)
+        clear = top[..., -1] - top[..., -2] > 1e-3  # float32 may break a tie the other way
+        expected = np.isin(logits.argmax(axis=2), range(1, 14))
+        found = read(tmp_path / f"out/{stem}_mask.png") > 0
+        assert 0 < expected.mean() < 1 and np.array_equal(found[clear], expected[clear])
+
+
+def test_bad_input(raw, tmp_path, refuse):
+    out = ["--output", tmp_path / "out"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.tar.gz").write_text("no archive")
+    (tmp_path / "names").mkdir()
+    (tmp_path / "names/face.jpg").write_bytes(next(raw.iterdir()).read_bytes())
+    whole = archive(raw, tmp_path / "whole.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    refuse("masks", *out, "--input", tmp_path / "nowhere", words=["--input", "nowhere"])
+    refuse("masks", *out, "--input", tmp_path / "empty", words=["empty"])
+    refuse("masks", *out, "--input", tmp_path / "text.tar.gz", words=["text.tar.gz"])
+    refuse("masks", *out, "--input", tmp_path / "names", words=["names"])
+    refuse("masks", *out, "--input", raw, "--parser", "nowhere.onnx", words=["--parser", "nowhere.onnx"])
+    (tmp_path / "bad.onnx").write_bytes(b"no network")
+    refuse("masks", *out, "--input", raw, "--parser", tmp_path / "bad.onnx", words=["--parser", "bad.onnx"])
+    parsing_network(tmp_path / "eight.onnx", classes=8, side=64)
+    refuse("masks", *out, "--input", raw, "--parser", tmp_path / "eight.onnx", words=["--parser"])
+    assert not (tmp_path / "out").exists()
+    refuse("masks", *out, "--input", tmp_path / "cut.tar.gz", words=["cut.tar.gz", "whole .tar.gz"])
