@@ -22,6 +22,8 @@ from common import AGE_GROUPS, UserError, atomic_path, number, progress, run, sc
 SIDE = 200  # pixels, UTKFace's
 HALF = SIDE / 2  # the unit of all lengths below: from the crop's centre, y downwards
 Y, X = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)
+T = np.linspace(-1, 1, 24)[:, None]  # along a curve
+CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 40)), np.sin(np.linspace(0, 2 * np.pi, 40))], 1)
 
 # ------------------------------------------------------------------------------------------------------------
 # Looks: what a face is like, given its labels
@@ -29,31 +31,31 @@ Y, X = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)
 
 SHARES = (0.09, 0.065, 0.135, 0.45, 0.175, 0.085)  # of the age groups in UTKFace
 OLDEST = 95
-SHARED_ERROR, OWN_ERROR = 0.07, 0.16  # log-normal, of the apparent age: the face's, and each trend's own
+SHARED_ERROR, OWN_ERROR = 0.06, 0.14  # log-normal, of the apparent age: the face's, and each trend's own
 
 YEARS = (0, 4, 10, 16, 24, 35, 50, 65, 85)
 TRENDS = {
-    "width": (0.89, 0.87, 0.84, 0.82, 0.80, 0.80, 0.81, 0.81, 0.79),  # half the face's
+    "width": (0.89, 0.87, 0.84, 0.82, 0.80, 0.78, 0.79, 0.80, 0.79),  # half the face's
     "chin": (0.77, 0.81, 0.86, 0.89, 0.91, 0.91, 0.92, 0.93, 0.95),
-    "jaw": (0.03, 0.05, 0.10, 0.14, 0.17, 0.16, 0.14, 0.12, 0.12),  # how much the face narrows downwards
+    "jaw": (0.03, 0.05, 0.09, 0.12, 0.15, 0.19, 0.16, 0.12, 0.10),  # how much the face narrows downwards
     "hairline": (-1.06, -1.02, -0.98, -0.96, -0.96, -0.98, -1.00, -1.02, -1.04),
     "density": (0.30, 0.90, 1.00, 1.00, 1.00, 1.00, 0.97, 0.88, 0.75),  # of hair
-    "grey": (0.00, 0.00, 0.00, 0.00, 0.00, 0.06, 0.35, 0.78, 1.00),
+    "grey": (0.00, 0.00, 0.00, 0.00, 0.00, 0.08, 0.42, 0.80, 1.00),
     "receding": (0.00, 0.00, 0.00, 0.00, 0.04, 0.22, 0.50, 0.72, 0.90),
     "eye_y": (-0.28, -0.32, -0.37, -0.40, -0.41, -0.42, -0.42, -0.41, -0.41),
-    "eye": (1.42, 1.30, 1.14, 1.04, 1.00, 0.97, 0.92, 0.86, 0.80),
+    "eye": (1.42, 1.30, 1.16, 1.07, 1.01, 0.94, 0.87, 0.81, 0.76),
     "brow": (0.20, 0.45, 0.70, 0.95, 1.00, 1.00, 0.95, 0.80, 0.65),
     "nose": (0.60, 0.68, 0.81, 0.94, 1.00, 1.02, 1.07, 1.15, 1.25),
     "mouth": (0.18, 0.20, 0.24, 0.27, 0.28, 0.28, 0.28, 0.27, 0.26),  # half its width
-    "lips": (1.10, 1.10, 1.05, 1.05, 1.05, 0.98, 0.82, 0.62, 0.42),
-    "cheeks": (1.00, 0.85, 0.55, 0.25, 0.12, 0.10, 0.05, 0.00, 0.00),
-    "blush": (1.00, 0.90, 0.65, 0.40, 0.25, 0.20, 0.20, 0.20, 0.20),
+    "lips": (1.10, 1.10, 1.10, 1.15, 1.10, 0.92, 0.72, 0.52, 0.36),
+    "cheeks": (1.00, 0.85, 0.60, 0.38, 0.20, 0.05, 0.00, 0.00, 0.00),
+    "blush": (1.00, 0.90, 0.70, 0.50, 0.32, 0.12, 0.10, 0.10, 0.10),
     "beard": (0.00, 0.00, 0.00, 0.12, 0.70, 1.00, 1.00, 1.00, 1.00),
-    "forehead": (0.00, 0.00, 0.00, 0.00, 0.04, 0.22, 0.50, 0.78, 1.00),  # from here on, wrinkles and skin
-    "crow": (0.00, 0.00, 0.00, 0.00, 0.04, 0.22, 0.52, 0.82, 1.00),
-    "folds": (0.10, 0.10, 0.08, 0.10, 0.16, 0.34, 0.58, 0.82, 1.00),
-    "bags": (0.00, 0.00, 0.00, 0.04, 0.10, 0.24, 0.50, 0.78, 1.00),
-    "sag": (0.00, 0.00, 0.00, 0.00, 0.00, 0.05, 0.32, 0.66, 1.00),
+    "forehead": (0.00, 0.00, 0.00, 0.00, 0.06, 0.34, 0.62, 0.85, 1.05),  # from here on, wrinkles and skin
+    "crow": (0.00, 0.00, 0.00, 0.00, 0.06, 0.34, 0.62, 0.85, 1.05),
+    "folds": (0.08, 0.08, 0.06, 0.06, 0.16, 0.44, 0.68, 0.88, 1.05),
+    "bags": (0.00, 0.00, 0.00, 0.02, 0.10, 0.34, 0.60, 0.85, 1.05),
+    "sag": (0.00, 0.00, 0.00, 0.00, 0.00, 0.06, 0.36, 0.72, 1.05),
     "rough": (0.00, 0.02, 0.05, 0.18, 0.18, 0.28, 0.48, 0.75, 1.00),
     "spots": (0.00, 0.00, 0.00, 0.00, 0.00, 0.04, 0.22, 0.60, 1.00),
 }
@@ -160,15 +162,13 @@ def carve(sheet, points, height, **shape):
 
 def ellipse(x, y, rx, ry) -> np.ndarray:
     """Outline (40, 2) of an ellipse."""
-    t = np.linspace(0, 2 * np.pi, 40)
-    return np.stack([x + rx * np.cos(t), y + ry * np.sin(t)], 1)
+    return CIRCLE * (rx, ry) + (x, y)
 
 
 def curve(start, middle, end) -> np.ndarray:
     """Parabola (24, 2) through three points."""
-    t = np.linspace(-1, 1, 24)[:, None]
     start, middle, end = np.array((start, middle, end), float)
-    return middle + t * (end - start) / 2 + t * t * ((start + end) / 2 - middle)
+    return middle + T * ((end - start) / 2) + T * T * ((start + end) / 2 - middle)
 
 
 def band(x, top, bottom) -> np.ndarray:
@@ -396,10 +396,11 @@ def draw_beard(sheet, rng, looks):
     half = [(width, -0.1), (width * 0.9, 0.08), (width * 0.7, 0.22), (mouth, y - 0.14), (0, y - 0.19)]
     chin = [(-width * 0.85, looks.chin * 0.75), (0, looks.chin + 0.06), (width * 0.85, looks.chin * 0.75)]
     jaw = np.array([*half, *[(-x, y) for x, y in half[::-1]], *chin])
-    paint(sheet, jaw, looks.skin * 0.45 + sheet.hair.mean((0, 1)) * 0.3, 0.75 * looks.stubble, soft=0.08)
-    paint(sheet, jaw, sheet.hair, 0.85 * looks.full_beard, soft=0.04)
+    beard = looks.hair if looks.hat else sheet.hair
+    paint(sheet, jaw, looks.skin * 0.45 + looks.hair * 0.3, 0.75 * looks.stubble, soft=0.08)
+    paint(sheet, jaw, beard, 0.85 * looks.full_beard, soft=0.04)
     above, below = curve((-mouth, y), (0, y - 0.2), (mouth, y)), curve((mouth, y), (0, y - 0.1), (-mouth, y))
-    paint(sheet, np.concatenate([above, below]), sheet.hair, 0.9 * looks.moustache, soft=0.012)
+    paint(sheet, np.concatenate([above, below]), beard, 0.9 * looks.moustache, soft=0.012)
 
 
 def draw_hair(sheet, rng, looks):
@@ -414,10 +415,8 @@ def draw_hair(sheet, rng, looks):
     x = u * looks.width * (1 - 0.15 * np.clip(y + 0.2, 0, 1))
     edge = np.concatenate([np.stack([x, y], 1), [(1.6, -2), (-1.6, -2)]])
     cover, whole = np.zeros_like(sheet.skin), np.zeros_like(sheet.skin)
-    for layer, shape, soft in (
-        (cover, edge, 0.008 + 0.03 * (1 - looks.density)),
-        (whole, hair_outline(looks), 0.015),
-    ):
+    softness = 0.008 + 0.03 * (1 - looks.density)
+    for layer, shape, soft in ((cover, edge, softness), (whole, hair_outline(looks), 0.015)):
         alpha, at = stamp(sheet, shape, soft=soft, depth=0)
         layer[at] = alpha
     cover *= whole * np.float32(looks.density)

@@ -11,8 +11,8 @@ from pretrain import ContrastiveResNet18, warn_of_odd_start
 FAST = ["--image-size", 32, "--batch-size", 16, "--workers", 0, "--device", "cpu"]
 
 
-@pytest.mark.parametrize("positives", ["view", "age"])
-def test_writes_backbone_history_and_curves(drawn, tmp_path, cli, positives):
+@pytest.mark.parametrize("positives, epochs", [("view", 4), ("age", 1)])
+def test_writes_backbone_history_and_curves(drawn, tmp_path, cli, positives, epochs):
     out = tmp_path / "c.pt"
     flags = [
         "--data",
@@ -34,16 +34,11 @@ def test_writes_backbone_history_and_curves(drawn, tmp_path, cli, positives):
     assert len(checkpoint["train_hashes"]) == faces
     with open(tmp_path / "c.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2"] and all(float(row["loss"]) > 0 for row in rows)
+    assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
+    losses = [float(row["loss"]) for row in rows]
+    assert 0 < losses[-1] < 1.25 * math.log(31)
+    assert epochs == 1 or losses[-1] < losses[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", "c.last.pt", "c.png", "c.pt"]
-
-
-def test_loss_falls(drawn, tmp_path, cli):
-    flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "c.pt", "--epochs", 6]
-    assert cli("pretrain", *flags, *FAST)[0] == 0
-    with open(tmp_path / "c.csv", newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert losses[-1] < losses[0] < math.log(31) * 1.25
 
 
 def test_odd_start_is_reported(capsys):
