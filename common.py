@@ -14,22 +14,23 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
-from functools import partial
+from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "NO_ALBUMENTATIONS_UPDATE", "1"
-)  # read on import: the check for updates needs a network
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import looks for updates, on the network
 
 import albumentations as A
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.models import ResNet18_Weights, resnet18
 from tqdm import tqdm
@@ -80,7 +81,7 @@ def age_to_group(ages):
 # Errors, flags and configuration
 # ------------------------------------------------------------------------------------------------------------
 
-SCRIPTS = ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate")
+SCRIPTS = ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate", "benchmark")
 
 
 class UserError(Exception):
@@ -156,7 +157,9 @@ def add_training_flags(
     parser.add_argument(
         "--epochs", type=number(int, low=1), default=epochs, help="passes over the train split"
     )
-    parser.add_argument("--batch-size", type=number(int, low=2), default=batch_size, help="faces a step")
+    parser.add_argument(
+        "--batch-size", type=number(int, low=2), default=batch_size, help="faces a step, of all processes"
+    )
     parser.add_argument("--lr", type=number(float, above=0), default=lr, help="peak learning rate of AdamW")
     parser.add_argument(
         "--weight-decay", type=number(float, low=0), default=0.05, help="AdamW's decay of weights"
@@ -230,10 +233,14 @@ def run(main, parser: Parser, argv: list[str] | None = None):
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-# Silent where output is no terminal (a log), and for what is over within a second.
-progress = partial(tqdm, leave=False, delay=1, disable=None)
+def progress(*args, **options) -> tqdm:
+    """A progress bar, silent where output is no terminal (a log), and for what is over within a second."""
+    return tqdm(*args, leave=False, delay=1, disable=True if rank() else None, **options)
 
 
 # Flags that change where and how a run happens, not what comes out.
@@ -322,7 +329,7 @@ def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Device, precision and seeds
+# Device, precision, seeds and processes
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +342,11 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name} is not available on this machine: try auto or cpu") from None
+    if (
+        device.type == "cuda"
+    ):  # TF32 where a product stays in float32; convolutions tuned to the one image size
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     return device
 
 
@@ -359,48 +371,103 @@ def set_seed(seed: int):
     random.seed(seed)
 
 
+def rank() -> int:
+    """This process's number among those of torchrun; 0 where there is one alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Under torchrun, joins the other processes (NCCL on CUDA, else gloo); returns this one's device.
+
+    Only the first goes on printing.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, moved to `device`; under torchrun wrapped so that gradients are averaged over processes."""
+    model.to(device, memory_format=torch.channels_last)
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces the modules inside, keeps the parameters
+        return DistributedDataParallel(model, device_ids=[device.index])
+    print(f"{world_size()} CPU processes: each has batch statistics of its own (SyncBatchNorm needs CUDA)")
+    return DistributedDataParallel(model)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over processes, without gradient."""
+    total = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total / world_size()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(N, …) of each process → (N·world, …), rank by rank, with gradient; all must have the same N."""
+    return torch.cat(all_gather(rows)) if world_size() > 1 else rows
+
+
+def merge_turns(rows: Tensor) -> Tensor:
+    """Rows that the processes took by turns (rank, rank + world, …), in their order again, on the CPU."""
+    if world_size() == 1:
+        return rows.cpu()
+    turns = [None] * world_size()
+    dist.all_gather_object(turns, rows.cpu())
+    merged = torch.empty(sum(map(len, turns)), *rows.shape[1:], dtype=rows.dtype)
+    for start, turn in enumerate(turns):
+        merged[start :: world_size()] = turn
+    return merged
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Augmentation (albumentations: image and mask move together)
+# Augmentation: image and mask move together
 # ------------------------------------------------------------------------------------------------------------
 
+# Chances, degrees, shares of the area, ratios, factors of brightness, contrast and saturation, turns of the
+# hue circle, pixels of blur. SimCLR's view (Chen et al. 2020, appendix A), its crops mild enough to keep most
+# of a face; and a milder one that leaves the signs of age alone.
+CONTRASTIVE_VIEW = {
+    "turn": 0, "degrees": 0, "scale": (0.5, 1), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "jitter": 0.8,
+    "light": (0.6, 1.4), "hue": (-0.1, 0.1), "grey": 0.2, "blur": 0.3, "sigma": (0.1, 1.5),
+}  # fmt: skip
+SUPERVISED_VIEW = {
+    "turn": 0.5, "degrees": 12, "scale": (0.7, 1), "ratio": (0.9, 1.1), "flip": 0.5, "jitter": 0.8,
+    "light": (0.7, 1.3), "hue": (-0.03, 0.03), "grey": 0.1, "blur": 0, "sigma": (0.1, 1.5),
+}  # fmt: skip
 
-def random_crop(image_size: int, **options) -> A.RandomResizedCrop:
-    """A random crop resized to a square of `image_size`, averaging over pixels, the mask's too."""
-    how = {"interpolation": cv2.INTER_AREA, "mask_interpolation": cv2.INTER_AREA}
-    return A.RandomResizedCrop((image_size, image_size), **options, **how)
 
-
-def contrastive_augmentation(image_size: int) -> A.Compose:
-    """SimCLR's view (Chen et al. 2020, appendix A), with crops mild enough to keep most of a face."""
-    light = (0.6, 1.4)
-    return A.Compose(
-        [
-            random_crop(image_size, scale=(0.5, 1.0)),
-            A.HorizontalFlip(p=0.5),
-            A.ColorJitter(brightness=light, contrast=light, saturation=light, hue=(-0.1, 0.1), p=0.8),
-            A.ToGray(p=0.2),
-            A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.5), p=0.3),
-        ]
+def augmentation(view: dict, image_size: int) -> A.Compose:
+    """The albumentations pipeline of a view (see above), to squares of `image_size` pixels."""
+    steps = (
+        A.Rotate(
+            view["degrees"],
+            mask_interpolation=cv2.INTER_LINEAR,
+            border_mode=cv2.BORDER_REFLECT,
+            p=view["turn"],
+        ),
+        A.RandomResizedCrop(
+            (image_size, image_size), view["scale"], view["ratio"], mask_interpolation=cv2.INTER_LINEAR
+        ),
+        A.HorizontalFlip(p=view["flip"]),
+        A.ColorJitter(view["light"], view["light"], view["light"], view["hue"], p=view["jitter"]),
+        A.ToGray(p=view["grey"]),
+        A.GaussianBlur(blur_limit=0, sigma_limit=view["sigma"], p=view["blur"]),
     )
-
-
-def supervised_augmentation(image_size: int) -> A.Compose:
-    """A milder view that leaves the signs of age alone: slight turn and crop, flip, light and colour."""
-    light = (0.7, 1.3)
-    return A.Compose(
-        [
-            A.Rotate(
-                limit=12,
-                mask_interpolation=cv2.INTER_LINEAR,
-                border_mode=cv2.BORDER_REFLECT_101,
-                p=0.5,
-            ),
-            random_crop(image_size, scale=(0.7, 1.0), ratio=(0.9, 1.1)),
-            A.HorizontalFlip(p=0.5),
-            A.ColorJitter(brightness=light, contrast=light, saturation=light, hue=(-0.03, 0.03), p=0.8),
-            A.ToGray(p=0.1),
-        ]
-    )
+    return A.Compose([step for step in steps if step.p])
 
 
 def seed_augmentation(augment: A.Compose, *key: int):
@@ -413,42 +480,141 @@ def seed_augmentation(augment: A.Compose, *key: int):
     augment.set_random_state(generator, random.Random(int(generator.integers(2**63))))
 
 
+def augment_batch(
+    images: Tensor, masks: Tensor | None, view: dict, image_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """What `augmentation` does to one face, for a batch on its device, each face with draws of its own.
+
+    images: uint8 (B, S, S, 3); masks: uint8 (B, S, S) with values 0–255, or None; generator: on the CPU, so
+    that nothing waits for the device. Returns float32 (B, 3, H, W) with values 0–255, and uint8 (B, H, W) in
+    {0, 1} or None. The order of the colour changes is drawn once a batch.
+    """
+    count, device = len(images), images.device
+
+    def draw(low, high, *shape):
+        return torch.empty(count, *shape).uniform_(low, high, generator=generator)
+
+    def chosen(chance):
+        return draw(0, 1) < chance
+
+    def rows(choice):
+        return choice.nonzero()[:, 0].to(device, non_blocking=True)
+
+    def factors(low, high, choice):
+        return draw(low, high)[choice].to(device, non_blocking=True).view(-1, 1, 1, 1)
+
+    # The first crop of ten that fits, or all: sizes and offsets of its centre as shares of half a side.
+    area, ratio = draw(*view["scale"], 10), draw(*map(math.log, view["ratio"]), 10).exp()
+    sizes = torch.stack([area * ratio, area / ratio], dim=2).sqrt()  # B×10×2
+    fits = (sizes <= 1).all(dim=2)  # B×10
+    size = sizes[torch.arange(count), fits.int().argmax(dim=1)].where(fits.any(dim=1, keepdim=True), 1)  # B×2
+    centre = (1 - size) * draw(-1, 1, 2)  # B×2
+    angle = draw(-1, 1) * math.radians(view["degrees"]) * chosen(view["turn"])  # B
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+    size[:, 0] *= 1 - 2 * chosen(view["flip"]).float()
+    warp = torch.cat([turn * size[:, None], turn @ centre[..., None]], dim=2)  # B×2×3
+    grid = F.affine_grid(
+        warp.to(device, non_blocking=True), (count, 1, image_size, image_size), align_corners=False
+    )
+    planes = images.permute(0, 3, 1, 2)  # B×3×S×S
+    planes = planes if masks is None else torch.cat([planes, masks[:, None]], dim=1)  # B×4×S×S
+    planes = F.grid_sample(planes.float(), grid, padding_mode="reflection", align_corners=False)
+    x, masks = planes[:, :3], None if masks is None else (planes[:, 3] > 127).to(torch.uint8)
+
+    choice = chosen(view["jitter"])
+    jittered = x[rows(choice)]
+    for change in torch.randperm(4, generator=generator).tolist():
+        factor = factors(*view["hue" if change == 3 else "light"], choice)
+        if change == 3:
+            jittered = shift_hue(jittered, factor[:, 0])
+            continue
+        base = 0 if change == 0 else grey(jittered)
+        base = base.mean(dim=(2, 3), keepdim=True) if change == 1 else base  # contrast keeps the mean
+        jittered = (base + (jittered - base) * factor).clamp(0, 255)
+    x = x.index_copy(0, rows(choice), jittered)
+    index = rows(chosen(view["grey"]))
+    x = x.index_copy(0, index, grey(x[index]).expand(-1, 3, -1, -1))
+    choice = chosen(view["blur"])
+    index = rows(choice)
+    return x.index_copy(
+        0, index, gaussian_blur(x[index], factors(*view["sigma"], choice), view["sigma"][1])
+    ), masks
+
+
+def grey(x: Tensor) -> Tensor:
+    """RGB (B, 3, H, W) → luma (B, 1, H, W), as JPEG weighs the channels."""
+    return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """(B, 3, H, W) with hues moved by `turns` (B, 1, 1) of the circle; value and saturation stay."""
+    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)  # B×H×W
+    red, green, blue = x.unbind(dim=1)
+    sixths = torch.where(
+        red == value, green - blue, torch.where(green == value, blue - red, red - green)
+    ) / chroma.clamp(min=1e-6)
+    sixths += torch.where(red == value, 0, torch.where(green == value, 2, 4)) + 6 * turns
+    distances = [(sixths + shift) % 6 for shift in (5, 3, 1)]  # of each channel, along the circle
+    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in distances], dim=1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
+    """(B, 3, H, W) blurred by `sigma` (B, 1, 1, 1) pixels each, none above `largest`."""
+    reach = math.ceil(3 * largest)
+    offsets = torch.arange(-reach, reach + 1, device=x.device)
+    kernel = (-((offsets / sigma) ** 2) / 2).softmax(dim=3)  # B×1×1×K
+    for pad in ((reach, reach, 0, 0), (0, 0, reach, reach)):
+        wide = F.pad(x, pad, mode="reflect")
+        size = x.shape[-1]
+        parts = (
+            wide[..., k : k + size] if pad[0] else wide[..., k : k + size, :] for k in range(len(offsets))
+        )
+        x = sum(part * kernel[..., k : k + 1] for k, part in enumerate(parts))
+    return x
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Data
 # ------------------------------------------------------------------------------------------------------------
 
 
 class FaceDataset(Dataset):
-    """Faces of one split folder, decoded once and kept in memory as uint8.
+    """Faces of one split folder, decoded once and kept in memory as uint8, which all workers share.
 
-    A sample is a dict: `image` uint8 (H, W, 3) RGB, or (views, H, W, 3) with several views; `mask` uint8 (H,
-    W) in {0, 1}, or (views, H, W), with `with_masks`; `age` in years; `group` 0–5. Without `augment` the
-    picture is the face resized to `image_size` (that square is also in `.images` and `.masks`); with it, each
-    view is drawn from (seed, epoch, index) alone, whatever worker asks. An index may be an int or the pair
-    (epoch, index).
+    A batch is a dict of tensors: `image` uint8 (B, H, W, 3) RGB; `mask` uint8 (B, H, W) in {0, 1}, with
+    `with_masks`; `age` (B,) in years; `group` (B,) 0–5. Without `view` the pictures are the faces resized to
+    `image_size` (those squares are also in `.images` and `.masks`). With it, each face gives `views` of them
+    in a row, drawn from (seed, epoch, index) alone, whatever worker asks. With `on_device` as well, drawing
+    is left to `to_device`: pictures are a quarter larger, one a face, and masks have values 0–255. An index
+    may be an int or the pair (epoch, index).
 
     `.faces` lists what the names say, `.ages` and `.groups` are int64 (N,), `.hashes` int64 (N,) name the
     pixels. Raises UserError for a missing or empty folder, an unreadable image, or a mask that is missing or
     of another size.
     """
 
-    def __init__(self, folder, image_size, augment=None, views=1, with_masks=True, seed=0, workers=1):
+    def __init__(
+        self, folder, image_size, view=None, views=1, with_masks=True, seed=0, workers=1, on_device=False
+    ):
         self.faces = list_pairs(folder, need_masks=with_masks)
-        self.augment = augment(image_size) if augment else None
-        self.views, self.seed = views, seed
+        self.image_size, self.view, self.views, self.seed = image_size, view, views, seed
+        self.on_device = on_device and view is not None
+        self.augment = augmentation(view, image_size) if view and not on_device else None
         self.ages = np.array([face.age for face in self.faces])
         self.groups = age_to_group(self.ages)
         # A random crop is enlarged to the output's side: a quarter more pixels than that keep it sharp.
-        side = image_size * 5 // 4 if augment else image_size
-        self.images = np.empty((len(self), side, side, 3), np.uint8)
-        self.masks = np.empty((len(self), side, side), np.uint8) if with_masks else None
+        side = image_size * 5 // 4 if view else image_size
+        # Tensors, because where workers are not forked those are shared with them, and arrays copied.
+        self.images = torch.empty((len(self), side, side, 3), dtype=torch.uint8)
+        self.masks = torch.empty((len(self), side, side), dtype=torch.uint8) if with_masks else None
+        images, masks = self.images.numpy(), self.masks.numpy() if with_masks else None
         self.hashes = np.empty(len(self), np.int64)
 
         def load(index):
             path = Path(folder) / f"{self.faces[index].stem}_image.png"
             image = read_image(path)
             self.hashes[index] = pixel_hash(image)
-            self.images[index] = cv2.cvtColor(resize(image, side), cv2.COLOR_BGR2RGB)
+            images[index] = cv2.cvtColor(resize(image, side), cv2.COLOR_BGR2RGB)
             if with_masks:
                 mask_path = path.with_name(f"{self.faces[index].stem}_mask.png")
                 mask = read_image(mask_path, cv2.IMREAD_GRAYSCALE)
@@ -456,33 +622,43 @@ class FaceDataset(Dataset):
                     raise UserError(
                         f"{mask_path} is not of its image's size: delete it and run masks.py again"
                     )
-                self.masks[index] = resize(mask, side)
+                masks[index] = resize(mask, side)
 
         with ThreadPool(max(workers, 1)) as pool:
             loading = pool.imap_unordered(load, range(len(self)), chunksize=16)
             for _ in progress(loading, f"read {Path(folder).name}", len(self), unit="face"):
                 pass
-        if with_masks and self.augment is None:
-            self.masks = binary(self.masks)
+        if with_masks and view is None:
+            self.masks = torch.from_numpy(binary(masks))
 
     def __len__(self):
         return len(self.faces)
 
+    def __getitems__(self, keys):
+        keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        rows = np.array([index for _, index in keys])
+        if self.augment is None:
+            image, mask = (None if pixels is None else pixels[rows] for pixels in (self.images, self.masks))
+        else:
+            rows = rows.repeat(self.views)
+            side = self.image_size
+            image = torch.empty((len(rows), side, side, 3), dtype=torch.uint8)
+            mask = None if self.masks is None else torch.empty((len(rows), side, side), dtype=torch.uint8)
+            for row, index in enumerate(rows):
+                if row % self.views == 0:
+                    seed_augmentation(self.augment, self.seed, *keys[row // self.views])
+                parts = {"image": self.images} if mask is None else {"image": self.images, "mask": self.masks}
+                moved = self.augment(**{name: pixels[index].numpy() for name, pixels in parts.items()})
+                image[row] = torch.from_numpy(moved["image"])
+                if mask is not None:
+                    mask[row] = torch.from_numpy(binary(moved["mask"]))
+        batch = {"image": image, "age": self.ages[rows], "group": self.groups[rows]}
+        batch = batch if mask is None else {**batch, "mask": mask}
+        return {name: torch.as_tensor(values) for name, values in batch.items()}
+
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        image, mask = self.images[index], None if self.masks is None else self.masks[index]
-        if self.augment is not None:
-            seed_augmentation(self.augment, self.seed, epoch, index)
-            moved = [
-                self.augment(image=image) if mask is None else self.augment(image=image, mask=mask)
-                for _ in range(self.views)
-            ]
-            image = np.stack([view["image"] for view in moved])  # V×H×W×3
-            mask = None if mask is None else binary(np.stack([view["mask"] for view in moved]))  # V×H×W
-            if self.views == 1:
-                image, mask = image[0], None if mask is None else mask[0]
-        sample = {"image": image, "age": self.ages[index], "group": self.groups[index]}
-        return sample if mask is None else {**sample, "mask": mask}
+        batch = self.__getitems__([key])
+        return batch if self.views > 1 else {name: values[0] for name, values in batch.items()}
 
 
 def resize(image: np.ndarray, side: int) -> np.ndarray:
@@ -504,7 +680,8 @@ def pixel_hash(image: np.ndarray) -> int:
 class EpochBatches(Sampler):
     """Batches of (epoch, index) keys, in a new order each epoch, the last incomplete one dropped.
 
-    The key brings the epoch to the workers, so that they can stay alive between epochs.
+    The key brings the epoch to the workers, so that they can stay alive between epochs. Under torchrun
+    `batch_size` counts the faces of all processes, and each takes its share of every batch.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int):
@@ -516,7 +693,18 @@ class EpochBatches(Sampler):
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+            share = order[start + rank() : start + self.batch_size : world_size()]
+            yield [(self.epoch, index) for index in share]
+
+
+def whole_batch(batch: dict) -> dict:
+    """What `FaceDataset` hands out is a batch already."""
+    return batch
+
+
+def give_way(worker: int):
+    """Lets a loader's worker run only while the arithmetic, on the same cores, leaves one idle."""
+    os.nice(19)
 
 
 def train_loader(
@@ -527,13 +715,19 @@ def train_loader(
         raise UserError(
             f"--batch-size {batch_size} is larger than the train split ({len(dataset)} faces): lower it"
         )
+    if batch_size % world_size() or batch_size < 2 * world_size():
+        raise UserError(
+            f"--batch-size {batch_size} does not divide by {world_size()} processes into 2 or more: change it"
+        )
     return DataLoader(
         dataset,
         batch_sampler=EpochBatches(len(dataset), batch_size, seed),
+        collate_fn=whole_batch,
         num_workers=workers,
+        worker_init_fn=give_way if device.type == "cpu" and hasattr(os, "nice") else None,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        # Forked workers share the pictures in memory; other ways of starting them would copy all to each.
+        # Forked workers start at once, with the pictures as they lie in memory.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
@@ -541,13 +735,49 @@ def train_loader(
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights' sake
 
 
-def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 RGB (B, H, W, 3) to normalised float32 (B, 3, H, W) on `device`, in channels-last memory."""
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # B×3×H×W
+@cache  # made once: a step must not wait while they travel to the device
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (3, 1, 1) of pixels with values 0–255."""
     mean, std = (
         torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (PIXEL_MEAN, PIXEL_STD)
     )
-    return (images.float() - mean) / std
+    return mean, std
+
+
+def normalize(images: Tensor) -> Tensor:
+    """RGB (B, 3, H, W) of any dtype with values 0–255 to normalised float32, in channels-last memory."""
+    mean, std = pixel_statistics(images.device)
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def to_input(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 RGB (B, H, W, 3) to normalised float32 (B, 3, H, W) on `device`, in channels-last memory."""
+    return normalize(images.to(device, non_blocking=True).permute(0, 3, 1, 2))
+
+
+def to_device(batch: dict, dataset: FaceDataset, device: torch.device, key: tuple[int, ...]) -> dict:
+    """A loader's batch on `device`, `image` normalised float32 (B, 3, H, W), `mask` uint8 (B, 1, H, W).
+
+    Draws the views there, from (seed, *key), if the dataset leaves that to the device.
+    """
+    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+    if dataset.on_device:
+        batch = {name: values.repeat_interleave(dataset.views, dim=0) for name, values in batch.items()}
+        seed = int(np.random.default_rng((dataset.seed, *key)).integers(2**63))
+        images, masks = augment_batch(
+            batch["image"],
+            batch.get("mask"),
+            dataset.view,
+            dataset.image_size,
+            torch.Generator().manual_seed(seed),
+        )
+        batch |= {"image": images} if masks is None else {"image": images, "mask": masks}
+        batch["image"] = normalize(images)
+    else:
+        batch["image"] = to_input(batch["image"], device)
+    if "mask" in batch:
+        batch["mask"] = batch["mask"].unsqueeze(1)
+    return batch
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -604,31 +834,36 @@ class MultitaskResNet18(nn.Module):
 
 @torch.inference_mode()
 def predict_dataset(model, dataset: FaceDataset, device, dtype, batch_size: int = 256):
-    """Scores every face of a dataset that has no augmentation, in order.
+    """Scores every face of a dataset that has no augmentation, in order; processes take faces by turns.
 
     Returns group logits float32 (N, 6) on the CPU, and the predicted masks' overlap with the true ones at the
     dataset's image size, {"iou": (N,), "dice": (N,)}, or None where the model or the dataset has no masks.
     """
     model.eval()
+    if world_size() > 1:  # batch statistics may differ between CPU processes
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     all_logits, overlaps = [], []
-    for start in range(0, len(dataset), batch_size):
-        images = to_input(torch.from_numpy(dataset.images[start : start + batch_size]), device)
+    turns = slice(rank(), None, world_size())
+    images, masks = dataset.images[turns], None if dataset.masks is None else dataset.masks[turns]
+    for start in range(0, max(len(images), 1), batch_size):
+        batch = to_input(images[start : start + batch_size], device)
         with autocast(device, dtype):
-            logits, mask_logits = model(images)  # B×6, B×1×H×W
+            logits, mask_logits = model(batch)  # B×6, B×1×H×W
         all_logits.append(logits.float())
-        if mask_logits is not None and dataset.masks is not None:
-            truth = torch.from_numpy(dataset.masks[start : start + batch_size]).to(device) > 0  # B×H×W
+        if mask_logits is not None and masks is not None:
+            truth = masks[start : start + batch_size].to(device) > 0  # B×H×W
             overlaps.append(mask_overlap(mask_logits[:, 0] > 0, truth))
-    overlap = dict(zip(("iou", "dice"), torch.cat(overlaps, dim=1).cpu())) if overlaps else None
-    return torch.cat(all_logits).cpu(), overlap
+    overlap = dict(zip(("iou", "dice"), merge_turns(torch.cat(overlaps)).T)) if overlaps else None
+    return merge_turns(torch.cat(all_logits)), overlap
 
 
 def mask_overlap(predicted: Tensor, truth: Tensor) -> Tensor:
-    """IoU and Dice of boolean masks (B, H, W) each: float64 (2, B); two empty masks agree perfectly."""
+    """IoU and Dice of boolean masks (B, H, W) each: float64 (B, 2); two empty masks agree perfectly."""
     both = (predicted & truth).sum(dim=(1, 2)).double()
     either = (predicted | truth).sum(dim=(1, 2)).double()
     iou = torch.where(either > 0, both / either.clamp(min=1), 1.0)
-    return torch.stack([iou, 2 * iou / (1 + iou)])
+    return torch.stack([iou, 2 * iou / (1 + iou)], dim=1)
 
 
 def init_backbone(backbone: nn.Module, init: str) -> tuple[str, Tensor]:
@@ -678,14 +913,15 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.07) -> Tensor:
     """NT-Xent over the 2N views of N faces (Chen et al. 2020, equation 1).
 
     z1, z2: (N, D) embeddings of two views, row by row of the same face; any scale, half precision allowed.
-    Returns a scalar in nats; log(2N−1) when all embeddings coincide.
+    Returns a scalar in nats; log(2N−1) when all embeddings coincide. Under torchrun the negatives are the
+    faces of all W processes, with gradient, and the mean of the processes' losses is that of the whole batch.
     """
-    z = torch.cat([unit_rows(z1), unit_rows(z2)])  # 2N×D
+    z = torch.stack([unit_rows(z1), unit_rows(z2)], dim=1).flatten(0, 1)  # 2N×D, views of a face in a row
+    everything = gather_rows(z)  # 2NW×D
     with torch.autocast(z.device.type, enabled=False):  # 1/temperature would overflow half precision's range
-        logits = z @ z.T / temperature  # 2N×2N
-    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
-    other_view = torch.arange(len(z), device=z.device).roll(len(z1))
-    return F.cross_entropy(logits, other_view)
+        logits = z @ everything.T / temperature  # 2N×2NW
+    own = torch.arange(len(z), device=z.device) + rank() * len(z)  # 2N, columns of the rows themselves
+    return F.cross_entropy(logits.scatter(1, own[:, None], -torch.inf), own ^ 1)
 
 
 def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sigma: float = 0.5) -> Tensor:
@@ -695,21 +931,24 @@ def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sig
     the cosine similarity, τ the temperature and P(i) the other rows of i's age, it is the mean over i with
     non-empty P(i) of −1/|P(i)| Σ_{p∈P(i)} log[ e^{s_ip/τ} / (e^{s_ip/τ} + Σ_{age_k≠age_i}
     e^{|age_i−age_k|/(50σ)} e^{s_ik/τ}) ]: SupCon (Khosla et al. 2020) with one positive a term, negatives
-    weighted by their distance in age.
+    weighted by their distance in age. Under torchrun k and p run over the faces of all W processes, with
+    gradient, and the mean of the processes' losses is that of the whole batch.
     """
     z = unit_rows(z)  # N×D
     with torch.autocast(z.device.type, enabled=False):
-        logits = z @ z.T / temperature  # N×N
-    gaps = (ages[:, None] - ages[None, :]).abs().to(logits.dtype)  # N×N
+        logits = z @ gather_rows(z).T / temperature  # N×NW
+    gaps = (ages[:, None] - gather_rows(ages)[None, :]).abs().to(logits.dtype)  # N×NW
     same = gaps == 0
     # The lowest finite number, not −inf: a row without negatives then has a zero gradient instead of NaN.
     weighted = (logits + gaps / (50 * sigma)).masked_fill(same, torch.finfo(logits.dtype).min)
     negatives = weighted.logsumexp(dim=1, keepdim=True)  # N×1
-    log_ratios = F.logsigmoid(logits - negatives)  # N×N
-    positives = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_ratios = F.logsigmoid(logits - negatives)  # N×NW
+    own = torch.arange(len(z), device=z.device) + rank() * len(z)  # N, columns of the rows themselves
+    positives = same.scatter(1, own[:, None], False)
     counts = positives.sum(dim=1)  # N
     losses = -(log_ratios * positives).sum(dim=1) / counts.clamp(min=1)  # N
-    return losses.sum() / (counts > 0).sum().clamp(min=1)
+    anchors = mean_over_ranks((counts > 0).sum())
+    return losses.sum() / torch.where(anchors > 0, anchors, 1)
 
 
 def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
@@ -775,6 +1014,45 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+LOOK_EVERY = 50  # steps between looks at the loss: each waits for the device
+
+
+def train_one_epoch(
+    model, compute_losses, loader, optimizer, schedule, scaler, device, dtype, epoch: int, epochs: int
+) -> Tensor:
+    """One pass over the train split; returns the losses of every step, float32 (steps, K) on the CPU.
+
+    compute_losses(model, batch) → (K,), of which the first is minimised; see `to_device` for the batch. Under
+    torchrun the losses are means over processes. Raises UserError if the first becomes infinite or NaN.
+    """
+    model.train()
+    loader.batch_sampler.epoch = epoch
+    recent, looked_at = [], []
+    for step, batch in enumerate(progress(loader, f"epoch {epoch + 1}/{epochs}", unit="step"), start=1):
+        batch = to_device(batch, loader.dataset, device, (epoch, step, rank()))
+        with autocast(device, dtype):
+            losses = compute_losses(model, batch)  # K
+        scaler.scale(losses[0]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        recent.append(losses.detach())
+        if step % LOOK_EVERY == 0 or step == len(loader):
+            values = mean_over_ranks(torch.stack(recent).float()).cpu()
+            broken = ~values[:, 0].isfinite()
+            # A gradient scaler skips the step of an overflow, and trains on with a smaller scale.
+            if broken.all() if scaler.is_enabled() else broken.any():
+                first = step - len(recent) + int(broken.int().argmax()) + 1
+                raise UserError(
+                    f"the loss became {values[broken][0, 0]:g} in epoch {epoch + 1}, step {first}, at a "
+                    f"learning rate of {schedule.get_last_lr()[-1]:.2g}: lower --lr; older files are kept"
+                )
+            looked_at.append(values)
+            recent = []
+        schedule.step()
+    return torch.cat(looked_at)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,15 @@
 
     python finetune.py --multitask --lr-strategy differentiated --init contrastive.pt
     python finetune.py --config configs/classification.yaml
+    torchrun --nproc-per-node=8 finetune.py --multitask --batch-size 1024
 
 Keeps the epoch that does best on val (accuracy, ties by loss) in --out; writes beside it a history CSV,
 curves, and `.last.pt` for --resume.
 """
 
 import argparse
-import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,57 +19,44 @@ import torch.nn.functional as F
 
 from common import (
     GROUP_NAMES,
+    SUPERVISED_VIEW,
     FaceDataset,
     MultitaskResNet18,
     UserError,
     add_training_flags,
-    autocast,
     build_param_groups,
     check_same_faces,
     choose_device,
     choose_precision,
+    distribute,
     init_backbone,
+    join_processes,
     last_path,
     mask_loss,
     number,
     open_run,
     plot_history,
     predict_dataset,
-    progress,
+    rank,
     restore_training,
     run,
     save_checkpoint,
     script_parser,
     set_seed,
-    supervised_augmentation,
-    to_input,
     train_loader,
+    train_one_epoch,
     training_state,
     warmup_cosine,
     write_csv,
 )
 
 
-def train_one_epoch(model, loader, optimizer, schedule, scaler, args, device, dtype, epoch):
-    """One pass over the train split; returns the mean group loss and mask loss (0 without --multitask)."""
-    model.train()
-    loader.batch_sampler.epoch = epoch
-    losses = []
-    for batch in progress(loader, f"epoch {epoch + 1}/{args.epochs}", unit="step"):
-        images = to_input(batch["image"], device)  # B×H×W×3 → B×3×H×W
-        with autocast(device, dtype):
-            logits, mask_logits = model(images)  # B×6, B×1×H×W
-        group_loss = F.cross_entropy(logits.float(), batch["group"].to(device))
-        face_loss = torch.zeros_like(group_loss)
-        if args.multitask:
-            face_loss = mask_loss(mask_logits, batch["mask"].to(device).unsqueeze(1))
-        scaler.scale(group_loss + args.mask_weight * face_loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(torch.stack([group_loss, face_loss]).detach())  # read at the end: no wait a step
-    return torch.stack(losses).mean(dim=0).tolist()
+def multitask_losses(model, batch, mask_weight):
+    """Total, group and mask loss of a batch: (3,). Without a decoder the mask loss is 0."""
+    logits, mask_logits = model(batch["image"])  # B×3×H×W → B×6, B×1×H×W
+    group_loss = F.cross_entropy(logits.float(), batch["group"])
+    face_loss = torch.zeros_like(group_loss) if mask_logits is None else mask_loss(mask_logits, batch["mask"])
+    return torch.stack([group_loss + mask_weight * face_loss, group_loss, face_loss])
 
 
 def validate(model, dataset, args, device, dtype):
@@ -123,7 +111,7 @@ def get_parser():
 
 
 def main(args):
-    device = choose_device(args.device)
+    device = join_processes(choose_device(args.device))
     dtype = choose_precision(args.precision, device)
     state = open_run(args, "model")
 
@@ -134,10 +122,10 @@ def main(args):
         print(line)
     train, val = (
         FaceDataset(
-            Path(args.data) / split, args.image_size, augment, with_masks=args.multitask, seed=args.seed,
-            workers=args.workers,
+            Path(args.data) / split, args.image_size, view, with_masks=args.multitask, seed=args.seed,
+            workers=args.workers, on_device=device.type == "cuda",
         )
-        for split, augment in (("train", supervised_augmentation), ("val", None))
+        for split, view in (("train", SUPERVISED_VIEW), ("val", None))
     )  # fmt: skip
     missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), train.groups)
     if len(missing):
@@ -146,7 +134,7 @@ def main(args):
     hashes = torch.from_numpy(train.hashes)
     loader = train_loader(train, args.batch_size, args.seed, args.workers, device)
 
-    model.to(device, memory_format=torch.channels_last)
+    network = distribute(model, device)
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = warmup_cosine(optimizer, args.epochs * len(loader))
@@ -160,11 +148,11 @@ def main(args):
 
     for epoch in range(start, args.epochs):
         began = time.perf_counter()
-        group_loss, face_loss = train_one_epoch(
-            model, loader, optimizer, schedule, scaler, args, device, dtype, epoch
-        )
-        if not math.isfinite(group_loss + face_loss):
-            raise UserError(f"the loss became {group_loss + face_loss} in epoch {epoch + 1}: lower --lr")
+        losses = train_one_epoch(
+            network, partial(multitask_losses, mask_weight=args.mask_weight), loader, optimizer, schedule,
+            scaler, device, dtype, epoch, args.epochs,
+        )  # fmt: skip
+        _, group_loss, face_loss = losses.mean(dim=0).tolist()
         seconds = time.perf_counter() - began
         figures = validate(model, val, args, device, dtype)
         history.append(
@@ -177,16 +165,18 @@ def main(args):
                 "seconds": round(seconds, 1),
             }
         )
-        rank = (-figures["val_accuracy"], figures["val_loss"])
-        if best is None or rank < tuple(best["rank"]):
+        score = (-figures["val_accuracy"], figures["val_loss"])
+        if best is None or score < tuple(best["score"]):
             weights = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
-            best = {"epoch": epoch + 1, "rank": rank, "figures": figures, "weights": weights}
+            best = {"epoch": epoch + 1, "score": score, "figures": figures, "weights": weights}
         print(
             f"epoch {epoch + 1}/{args.epochs}: train loss {group_loss:.4f}, "
             f"val loss {figures['val_loss']:.4f}, val accuracy {figures['val_accuracy']:.2%}"
             + (f", val mask IoU {figures['val_mask_iou']:.3f}" if args.multitask else "")
             + f", {seconds:.0f} s, {len(loader) * args.batch_size / seconds:.0f} faces/s"
         )
+        if rank():
+            continue
         state = training_state(model, optimizer, schedule, scaler)
         save_checkpoint(
             last_path(args.out),
@@ -203,6 +193,8 @@ def main(args):
         if best["epoch"] == epoch + 1:
             save_model(args, best, seen)
 
+    if rank():
+        return
     save_model(args, best, seen)
     write_csv(Path(args.out).with_suffix(".csv"), history)
     panels = {"loss": ["train_loss", "val_loss"], "val accuracy": ["val_accuracy"]}

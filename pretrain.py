@@ -2,6 +2,7 @@
 
     python pretrain.py --epochs 100
     python pretrain.py --positives age --init imagenet
+    torchrun --nproc-per-node=8 pretrain.py --batch-size 2048
 
 Writes the backbone alone (the projection head has done its work) to --out, and beside it a history CSV,
 curves, and `.last.pt` for --resume.
@@ -10,6 +11,7 @@ curves, and `.last.pt` for --resume.
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,30 +19,30 @@ from torch import nn
 from torchvision.models import resnet18
 
 from common import (
+    CONTRASTIVE_VIEW,
     FaceDataset,
-    UserError,
     add_training_flags,
     age_contrastive_loss,
-    autocast,
     build_param_groups,
     check_same_faces,
     choose_device,
     choose_precision,
-    contrastive_augmentation,
+    distribute,
     init_backbone,
+    join_processes,
     last_path,
     nt_xent_loss,
     number,
     open_run,
     plot_history,
-    progress,
+    rank,
     restore_training,
     run,
     save_checkpoint,
     script_parser,
     set_seed,
-    to_input,
     train_loader,
+    train_one_epoch,
     training_state,
     warmup_cosine,
     write_csv,
@@ -62,28 +64,14 @@ class ContrastiveResNet18(nn.Module):
         return self.projection(self.backbone(images))  # B×512 → B×128
 
 
-def train_one_epoch(model, loader, optimizer, schedule, scaler, args, device, dtype, epoch):
-    """One pass over the train split; returns the mean loss and the first step's, in nats."""
-    model.train()
-    loader.batch_sampler.epoch = epoch
-    losses = []
-    for batch in progress(loader, f"epoch {epoch + 1}/{args.epochs}", unit="step"):
-        images = to_input(batch["image"].flatten(0, 1), device)  # B×2×H×W×3 → 2B×3×H×W
-        with autocast(device, dtype):
-            z = model(images)  # 2B×128
-        if args.positives == "view":
-            loss = nt_xent_loss(z[0::2], z[1::2], args.temperature)
-        else:
-            ages = batch["age"].to(device).repeat_interleave(2)  # 2B
-            loss = age_contrastive_loss(z, ages, args.temperature, args.sigma)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())  # read at the end: a step need not wait for the device
-    losses = torch.stack(losses).float()
-    return losses.mean().item(), losses[0].item()
+def contrastive_loss(model, batch, args):
+    """The loss, in nats, of a batch of two views in a row of each face: (1,)."""
+    z = model(batch["image"])  # 2B×3×H×W → 2B×128
+    if args.positives == "view":
+        loss = nt_xent_loss(z[0::2], z[1::2], args.temperature)
+    else:
+        loss = age_contrastive_loss(z, batch["age"], args.temperature, args.sigma)
+    return loss[None]
 
 
 def warn_of_odd_start(first_loss, batch_size):
@@ -121,7 +109,7 @@ def get_parser():
 
 
 def main(args):
-    device = choose_device(args.device)
+    device = join_processes(choose_device(args.device))
     dtype = choose_precision(args.precision, device)
     state = open_run(args, "contrastive")
 
@@ -131,13 +119,13 @@ def main(args):
         line, seen = init_backbone(model.backbone, args.init)
         print(line)
     dataset = FaceDataset(
-        Path(args.data) / "train", args.image_size, contrastive_augmentation, views=2, with_masks=False,
-        seed=args.seed, workers=args.workers,
+        Path(args.data) / "train", args.image_size, CONTRASTIVE_VIEW, views=2, with_masks=False,
+        seed=args.seed, workers=args.workers, on_device=device.type == "cuda",
     )  # fmt: skip
     hashes = torch.from_numpy(dataset.hashes)
     loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
 
-    model.to(device, memory_format=torch.channels_last)
+    network = distribute(model, device)
     groups = build_param_groups(model, args.lr, weight_decay=args.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = warmup_cosine(optimizer, args.epochs * len(loader))
@@ -151,13 +139,13 @@ def main(args):
 
     for epoch in range(start, args.epochs):
         began = time.perf_counter()
-        loss, first_loss = train_one_epoch(
-            model, loader, optimizer, schedule, scaler, args, device, dtype, epoch
-        )
-        if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} in epoch {epoch + 1}: lower --lr or raise --temperature")
+        losses = train_one_epoch(
+            network, partial(contrastive_loss, args=args), loader, optimizer, schedule, scaler, device, dtype,
+            epoch, args.epochs,
+        )[:, 0]  # fmt: skip
         if epoch == 0 and args.positives == "view" and args.init == "random":
-            warn_of_odd_start(first_loss, args.batch_size)
+            warn_of_odd_start(losses[0].item(), args.batch_size)
+        loss = losses.mean().item()
         seconds = time.perf_counter() - began
         faces_a_second = len(loader) * args.batch_size / seconds
         lr = schedule.get_last_lr()[0]
@@ -165,6 +153,8 @@ def main(args):
         print(
             f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, {seconds:.0f} s, {faces_a_second:.0f} faces/s"
         )
+        if rank():
+            continue
         state = training_state(model, optimizer, schedule, scaler)
         save_checkpoint(
             last_path(args.out),
@@ -178,6 +168,8 @@ def main(args):
         )
         write_csv(Path(args.out).with_suffix(".csv"), history)
 
+    if rank():
+        return
     weights = {f"backbone.{key}": value.cpu() for key, value in model.backbone.state_dict().items()}
     save_checkpoint(args.out, "contrastive", args, weights=weights, train_hashes=seen)
     write_csv(Path(args.out).with_suffix(".csv"), history)

@@ -63,18 +63,19 @@ def read_thumbnails(folder, faces, workers):
     return thumbnails / np.maximum(np.linalg.norm(thumbnails, axis=1, keepdims=True), 1e-6)
 
 
-def find_near_duplicates(thumbnails, threshold, block=1024):
+def find_near_duplicates(thumbnails, threshold, block=2048):
     """Pairs of rows that correlate above `threshold`, as a list of (i, j, correlation) with i < j.
 
     thumbnails: (N, D) unit rows. Compares block by block: time grows with N², memory with N.
     """
     pairs = []
     starts = range(0, len(thumbnails), block)
-    for start in progress(starts, "near-duplicates", unit="block"):
-        correlation = thumbnails[start : start + block] @ thumbnails[start:].T  # block×(N−start)
+    blocks = [(top, left) for top in starts for left in starts if left >= top]
+    for top, left in progress(blocks, "near-duplicates", unit="block"):
+        correlation = thumbnails[top : top + block] @ thumbnails[left : left + block].T  # block×block
         for i, j in np.argwhere(correlation > threshold):
-            if i < j:
-                pairs.append((int(start + i), int(start + j), float(correlation[i, j])))
+            if top + i < left + j:
+                pairs.append((int(top + i), int(left + j), float(correlation[i, j])))
     return pairs
 
 

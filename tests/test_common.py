@@ -2,6 +2,7 @@ import math
 from itertools import pairwise
 
 import albumentations as A
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,19 +11,22 @@ import torch.nn.functional as F
 import common
 from common import (
     AGE_GROUPS,
+    CONTRASTIVE_VIEW,
+    SUPERVISED_VIEW,
     FaceDataset,
     MultitaskResNet18,
     UserError,
     age_contrastive_loss,
     age_to_group,
+    augment_batch,
+    augmentation,
     build_param_groups,
-    contrastive_augmentation,
     mask_loss,
     mask_overlap,
     nt_xent_loss,
     parse_name,
     seed_augmentation,
-    supervised_augmentation,
+    to_device,
     to_input,
     train_loader,
 )
@@ -199,7 +203,7 @@ def test_mask_loss_refuses_other_shapes():
 def test_mask_overlap():
     predicted = torch.tensor([[[1, 1, 0, 0]], [[0, 0, 0, 0]], [[1, 0, 0, 0]]]).bool()
     truth = torch.tensor([[[1, 0, 1, 0]], [[0, 0, 0, 0]], [[0, 0, 0, 1]]]).bool()
-    iou, dice = mask_overlap(predicted, truth)
+    iou, dice = mask_overlap(predicted, truth).T
     assert iou.tolist() == pytest.approx([1 / 3, 1, 0]) and dice.tolist() == pytest.approx([1 / 2, 1, 0])
 
 
@@ -246,21 +250,87 @@ def half_face(folder, side=120):
     write_pair(folder, "30_0_0_20170000000000000", np.repeat(mask[..., None], 3, axis=2), mask)
 
 
-@pytest.mark.parametrize("augmentation", [contrastive_augmentation, supervised_augmentation])
-def test_image_and_mask_move_together(tmp_path, augmentation):
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("view", [CONTRASTIVE_VIEW, SUPERVISED_VIEW])
+def test_image_and_mask_move_together(tmp_path, view, on_device):
     half_face(tmp_path)
-    dataset = FaceDataset(tmp_path, 64, augmentation, with_masks=True)
-    assert {type(t) for t in dataset.augment} >= {A.RandomResizedCrop, A.HorizontalFlip, A.ColorJitter}
+    dataset = FaceDataset(tmp_path, 64, view, with_masks=True, on_device=on_device)
+    batch = dataset.__getitems__([(epoch, 0) for epoch in range(200)])
+    batch = to_device(batch, dataset, CPU, (0, 1, 0))
+    assert batch["image"].shape == (200, 3, 64, 64) and batch["mask"].shape == (200, 1, 64, 64)
     masks = []
-    for epoch in range(200):
-        sample = dataset[(epoch, 0)]
-        image, mask = sample["image"].mean(axis=2), sample["mask"].astype(bool)
-        assert set(np.unique(sample["mask"])) <= {0, 1}
+    for image, mask in zip(batch["image"].mean(dim=1).numpy(), batch["mask"][:, 0].numpy()):
+        assert set(np.unique(mask)) <= {0, 1}
+        mask = mask.astype(bool)
         threshold = (image.max() + image.min()) / 2  # light and contrast may have changed
         bright = image > threshold
         assert (bright & mask).sum() / (bright | mask).sum() > 0.93
         masks.append(mask)
     assert len({mask.tobytes() for mask in masks}) > 150  # they did move
+
+
+def looks(images):
+    """Per picture: mean channels, contrast, sharpness, saturation, left and upper share of the light."""
+    x = images.astype(np.float64)  # B×H×W×3
+    grey = x.mean(axis=3)
+    figures = [*x.mean(axis=(1, 2)).T, grey.std(axis=(1, 2)), np.abs(np.diff(grey)).mean(axis=(1, 2))]
+    figures.append((x.max(axis=3) - x.min(axis=3)).mean(axis=(1, 2)))
+    figures += [grey[:, :, :32].mean(axis=(1, 2)) / grey.mean(axis=(1, 2))]
+    figures += [grey[:, :32].mean(axis=(1, 2)) / grey.mean(axis=(1, 2))]
+    return np.array(figures)
+
+
+@pytest.mark.parametrize("view", [CONTRASTIVE_VIEW, SUPERVISED_VIEW])
+def test_batches_on_a_device_look_like_the_albumentations_pipeline(drawn, view):
+    faces = FaceDataset(drawn / "dataset/processed", 80)
+    image, mask = faces.images[40].numpy(), 255 * faces.masks[40].numpy()
+    count, pipeline = 1500, augmentation(view, 64)
+    moved = []
+    for index in range(count):
+        seed_augmentation(pipeline, 0, 0, index)
+        moved.append(pipeline(image=image, mask=mask))
+    images, masks = augment_batch(
+        torch.from_numpy(image).expand(count, -1, -1, -1), torch.from_numpy(mask).expand(count, -1, -1),
+        view, 64, torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert images.shape == (count, 3, 64, 64) and images.min() >= 0 and images.max() < 255.01
+    expected, found = looks(np.stack([m["image"] for m in moved])), looks(images.permute(0, 2, 3, 1).numpy())
+    spread = expected.std(axis=1)
+    assert (np.abs(found.mean(axis=1) - expected.mean(axis=1)) < 0.15 * spread).all()  # standard error: 0.04
+    assert np.allclose(found.std(axis=1), spread, rtol=0.12)
+    shares = np.stack([m["mask"] for m in moved]).mean(axis=(1, 2)) / 255
+    assert masks.float().mean().item() == pytest.approx(shares.mean(), abs=0.15 * shares.std())
+    grey = lambda x: (np.ptp(x, axis=3).max(axis=(1, 2)) < 1.5).mean()  # noqa: E731
+    assert grey(images.permute(0, 2, 3, 1).numpy()) == pytest.approx(view["grey"], abs=0.035)
+
+
+def test_batches_on_a_device_depend_on_their_generator_alone():
+    images = torch.randint(256, (6, 40, 40, 3), dtype=torch.uint8)
+    first, again, other = (
+        augment_batch(images, None, CONTRASTIVE_VIEW, 32, torch.Generator().manual_seed(seed))[0]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("hue", [0.25, -0.4])
+def test_shift_hue_equals_opencv(hue):
+    image = np.random.default_rng(0).random((16, 16, 3), np.float32)
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = (hsv[..., 0] + 360 * hue) % 360
+    x = torch.from_numpy(255 * image).permute(2, 0, 1)[None]
+    found = common.shift_hue(x, torch.full((1, 1, 1), hue))[0].permute(1, 2, 0).numpy() / 255
+    assert np.allclose(found, cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), atol=1e-4)
+
+
+def test_gaussian_blur_equals_opencv():
+    image = np.random.default_rng(0).random((24, 24, 3), np.float32)
+    x = torch.from_numpy(image).permute(2, 0, 1).expand(2, -1, -1, -1)
+    found = (
+        common.gaussian_blur(x, torch.tensor([0.4, 1.5]).view(2, 1, 1, 1), 1.5).permute(0, 2, 3, 1).numpy()
+    )
+    for blurred, sigma in zip(found, (0.4, 1.5)):
+        assert np.allclose(blurred, cv2.GaussianBlur(image, (11, 11), sigma), atol=1e-5)
 
 
 def test_augmentations_draw_independently():
@@ -281,18 +351,31 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
     noise_pairs(tmp_path, [1, 10, 20, 30, 50, 70, 80, 90])
     batches = {}
     for workers in (0, 2):
-        dataset = FaceDataset(tmp_path, 32, contrastive_augmentation, views=2, with_masks=True, seed=3)
+        dataset = FaceDataset(tmp_path, 32, CONTRASTIVE_VIEW, views=2, with_masks=True, seed=3)
         loader = train_loader(dataset, 4, 3, workers, CPU)
         loader.batch_sampler.epoch = 5
         batches[workers] = list(loader)
     for serial, parallel in zip(batches[0], batches[2]):
-        assert serial["image"].shape == (4, 2, 32, 32, 3) and serial["mask"].shape == (4, 2, 32, 32)
+        assert serial["image"].shape == (8, 32, 32, 3) and serial["mask"].shape == (8, 32, 32)
         assert all(torch.equal(serial[key], parallel[key]) for key in serial)
     image = dataset[(5, 0)]["image"]
-    assert not np.array_equal(image[0], image[1])
-    assert not np.array_equal(image, dataset[(6, 0)]["image"])
+    assert not torch.equal(image[0], image[1])
+    assert not torch.equal(image, dataset[(6, 0)]["image"])
     dataset[(9, 3)]
-    assert np.array_equal(image, dataset[(5, 0)]["image"])
+    assert torch.equal(image, dataset[(5, 0)]["image"])
+
+
+def test_workers_that_are_not_forked_share_the_pictures(tmp_path, monkeypatch):
+    noise_pairs(tmp_path, [1, 10, 20, 30])
+    dataset = FaceDataset(
+        tmp_path, 32, CONTRASTIVE_VIEW, on_device=True
+    )  # hands out the pictures as they are
+    monkeypatch.setattr(common.sys, "platform", "another")
+    loader = train_loader(dataset, 4, 0, 1, CPU)
+    loader.multiprocessing_context = "spawn"
+    assert next(iter(loader))["image"].float().std() > 0
+    dataset.images.fill_(7)  # the worker, which lives on, must see this
+    assert (next(iter(loader))["image"] == 7).all()
 
 
 def test_each_epoch_has_its_own_order_and_drops_only_the_rest():
@@ -310,7 +393,7 @@ def test_dataset_without_augmentation(tmp_path):
     half_face(tmp_path)
     dataset = FaceDataset(tmp_path, 64)
     sample = dataset[0]
-    assert sample["image"].shape == (64, 64, 3) and sample["image"].dtype == np.uint8
+    assert sample["image"].shape == (64, 64, 3) and sample["image"].dtype == torch.uint8
     assert sample["mask"].shape == (64, 64) and set(np.unique(sample["mask"])) == {0, 1}
     assert sample["age"] == 30 and sample["group"] == 3
     assert "mask" not in FaceDataset(tmp_path, 64, with_masks=False)[0]

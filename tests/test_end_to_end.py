@@ -1,7 +1,9 @@
 """The whole chain as a user runs it: a process a stage, in an empty folder, defaults handing files on."""
 
+import importlib
 import json
 
+from common import SCRIPTS, parse_args
 from conftest import ROOT, shell
 
 
@@ -41,7 +43,7 @@ def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
 
 
 def test_help_explains_every_flag():
-    for script in ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate"):
+    for script in SCRIPTS:
         done = shell(script, "-h", cwd=ROOT)
         assert done.returncode == 0 and f"python {script}.py" in done.stdout
         for flag in ("--config", "--seed", "--workers", "--overwrite"):
@@ -57,8 +59,6 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 
 def test_the_configs_that_ship_are_valid():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        for script in ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate"):
-            module = __import__(script)
-            from common import parse_args
-
-            assert parse_args(module.get_parser(), ["--config", str(path)]).config == str(path)
+        for script in SCRIPTS:
+            parser = importlib.import_module(script).get_parser()
+            assert parse_args(parser, ["--config", str(path)]).config == str(path)

@@ -1,28 +1,19 @@
-"""How good and how fast masks.py is on UTKFace: a yardstick for development, not a test.
+"""How good the masks of masks.py are on UTKFace: a yardstick for development, not a test.
 
-    python tests/yardstick_masks.py overlap dataset/processed   # where mediapipe==0.10.14 is installed
-    python tests/yardstick_masks.py speed UTKFace.tar.gz        # in the project's own environment
+    python tests/yardstick_masks.py dataset/processed   # where mediapipe==0.10.14 is installed
 
-`overlap` compares the masks with the face oval of MediaPipe's mesh, on faces that did not serve to fit the
-constants in masks.py. `speed` runs masks.py and a bare loop of cv2.grabCut by turns on the same faces.
+Compares the masks with the face oval of MediaPipe's mesh, on faces that did not serve to fit the constants in
+masks.py.
 """
 
-import os
 import random
-import statistics
-import subprocess
 import sys
-import tarfile
-import tempfile
-import time
-from multiprocessing import Pool
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 FITTED, HELD_OUT = 550, 550  # of the well-formed names in a random order, the first FITTED served for fitting
-ROOT = Path(__file__).parents[1]
 
 
 def overlap(processed):
@@ -60,37 +51,5 @@ def overlap(processed):
     print(f"the ovals' own mean shape, for comparison: {np.mean(constants):.3f}")
 
 
-def bare_loop(images):
-    """Faces a second of cv2.grabCut alone, one iteration at 64×64, on decoded images."""
-    cv2.setNumThreads(1)
-    began = time.perf_counter()
-    for image in images:
-        mask, models = np.zeros((64, 64), np.uint8), np.zeros((2, 1, 65))
-        cv2.grabCut(image, mask, (8, 2, 48, 60), models[0], models[1], 1, cv2.GC_INIT_WITH_RECT)
-    return len(images) / (time.perf_counter() - began)
-
-
-def speed(archive, count=2000, repeats=3):
-    """Prints faces a second of masks.py from start to end, of the bare loop on all cores, and their ratio."""
-    cores = os.cpu_count()
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(archive) as packed:
-            members = [member for member in packed if member.isfile()]
-            for member in members[:: len(members) // count]:
-                Path(folder, Path(member.name).name).write_bytes(packed.extractfile(member).read())
-        images = [cv2.resize(cv2.imread(str(path)), (64, 64)) for path in sorted(Path(folder).iterdir())]
-        ratios = []
-        for repeat in range(repeats):
-            with Pool(cores) as pool:
-                bare = sum(pool.map(bare_loop, [images[core::cores] for core in range(cores)]))
-            command = [sys.executable, ROOT / "masks.py", "--input", folder, "--output", f"{folder}-{repeat}"]
-            line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-            ours = float(line.split("(")[1].split(" faces/s")[0])
-            ratios.append(ours / bare)
-            print(f"masks.py {ours:.0f} faces/s, bare {bare:.0f} on {cores} cores, ratio {ratios[-1]:.2f}")
-            subprocess.run(["rm", "-r", f"{folder}-{repeat}"], check=True)
-    print(f"median ratio {statistics.median(ratios):.2f}")
-
-
 if __name__ == "__main__":
-    {"overlap": overlap, "speed": speed}[sys.argv[1]](sys.argv[2])
+    overlap(sys.argv[1])

@@ -1,0 +1,128 @@
+"""Two processes must compute what one computes on the whole batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+import common
+from common import FaceDataset, MultitaskResNet18, load_checkpoint, mean_over_ranks, predict_dataset
+from conftest import ROOT
+from finetune import multitask_losses
+from pretrain import ContrastiveResNet18, contrastive_loss
+
+CPU = torch.device("cpu")
+AGES = [3, 3, 20, 20, 20, 41, 77, 90]  # as (rank::2) shares: 3 anchors with a positive in one, 2 in the other
+
+
+def model_and_losses(name):
+    """A model in float64, its batch normalisation fixed, and the function of its losses."""
+    torch.manual_seed(0)
+    model = MultitaskResNet18() if name == "multitask" else ContrastiveResNet18()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_var.uniform_(0.5, 2)
+    args = Namespace(positives=name, temperature=0.2, sigma=0.5)
+    losses = lambda model, batch: (  # noqa: E731
+        multitask_losses(model, batch, 0.5) if name == "multitask" else contrastive_loss(model, batch, args)
+    )
+    return model.double().eval(), losses
+
+
+def share(name):
+    """This process's part of a batch of eight faces, (rank::world); the contrastive ones have two views."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(8, 1 if name == "multitask" else 2, 3, 32, 32, generator=generator).double()
+    masks = (torch.rand(8, 1, 32, 32, generator=generator) > 0.7).double()
+    own = slice(common.rank(), None, common.world_size())
+    ages = torch.tensor(AGES)[own].repeat_interleave(images.shape[1])
+    groups = torch.from_numpy(common.age_to_group(AGES))[own]
+    return {"image": images[own].flatten(0, 1), "mask": masks[own], "age": ages, "group": groups}
+
+
+def compute(split):
+    """Losses and gradients of each objective, and the logits of a split."""
+    found = {}
+    for name in ("view", "age", "multitask"):
+        model, losses = model_and_losses(name)
+        network = common.distribute(model, CPU)
+        values = losses(network, share(name))
+        values[0].backward()
+        found[name] = mean_over_ranks(values.detach())
+        found |= {f"{name} {key}": p.grad for key, p in model.named_parameters()}
+    model = model_and_losses("multitask")[0].float()
+    found["logits"], overlap = predict_dataset(
+        model, FaceDataset(split, 32), CPU, torch.float32, batch_size=4
+    )
+    found["iou"] = overlap["iou"]
+    return found
+
+
+def one_of_two(rank, port, split, out):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    common.join_processes(CPU)
+    torch.save(compute(split), f"{out}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(drawn, tmp_path):
+    split = drawn / "dataset/processed_split/val"
+    whole = compute(split)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, split, tmp_path / "found"), nprocs=2)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"found.{rank}", weights_only=True)
+        assert found.keys() == whole.keys()
+        for key, expected in whole.items():
+            tolerance = 1e-5 * expected.abs().max()
+            assert expected.abs().max() > 0 and (found[key] - expected).abs().max() <= tolerance, key
+
+
+@pytest.mark.parametrize("script, kind", [("pretrain", "contrastive"), ("finetune", "model")])
+def test_torchrun_writes_and_prints_once(drawn, tmp_path, script, kind):
+    flags = ["--data", drawn / "dataset/processed_split", "--out", "o.pt", "--image-size", 32, "--workers", 1]
+    flags += ["--batch-size", 16, "--epochs", 1, "--device", "cpu", "--init", "random"]
+    flags += ["--multitask"] if script == "finetune" else []
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / f"{script}.py"), *map(str, flags)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert (
+        sum("epoch 1/1" in line for line in lines) == 1 and sum("o.pt written" in line for line in lines) == 1
+    )
+    assert sum("SyncBatchNorm needs CUDA" in line for line in lines) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.csv", "o.last.pt", "o.png", "o.pt"]
+    assert load_checkpoint(tmp_path / "o.pt", kind)["config"]["batch_size"] == 16
+
+
+def test_shares_of_a_batch_do_not_overlap(monkeypatch):
+    whole = list(common.EpochBatches(37, 8, seed=0))
+    monkeypatch.setattr(common, "world_size", lambda: 4)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        shares.append(list(common.EpochBatches(37, 8, seed=0)))
+    for batch, parts in zip(whole, zip(*shares), strict=True):
+        assert sorted(key for part in parts for key in part) == sorted(batch)
+        assert {len(part) for part in parts} == {2}
+
+
+def test_batches_that_do_not_divide_are_refused(monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: 3)
+    for size in (16, 3):
+        with pytest.raises(common.UserError, match="--batch-size"):
+            common.train_loader(range(100), size, 0, 0, CPU)
