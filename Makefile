@@ -1,6 +1,7 @@
 # make run                            the five stages on drawn faces, at CPU size, in runs/synthetic
 # make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
 # make test                           the test suite
+# make soak                           the suite's kills, 24 of them
 # Each makes its own .venv first. PYTHON=python3.12 picks another interpreter, for the first time.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN_DIR := $(CURDIR)/runs/$(if $(DATA),utkface,synthetic)
 SCRIPT = cd $(RUN_DIR) && $(BIN)/python $(CURDIR)
 CONFIG := --config $(CURDIR)/configs/quickstart.yaml
 
-.PHONY: run test
+.PHONY: run test soak
 
 run: .venv/run-installed
 	mkdir -p $(RUN_DIR)
@@ -23,6 +24,9 @@ run: .venv/run-installed
 
 test: .venv/test-installed
 	$(BIN)/python -m pytest -q tests
+
+soak: .venv/test-installed
+	KILLS=8 $(BIN)/python -m pytest -q tests/test_faults.py -k killed
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

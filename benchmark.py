@@ -42,6 +42,7 @@ from common import (
     atomic_path,
     autocast,
     build_param_groups,
+    check_writable,
     choose_device,
     choose_precision,
     image_side,
@@ -51,11 +52,11 @@ from common import (
     predict_dataset,
     run,
     script_parser,
+    start_training,
     to_device,
     to_input,
     train_loader,
     train_one_epoch,
-    warmup_cosine,
 )
 
 PARTS = ("training", "loss", "masks", "evaluate", "loader", "growth")
@@ -127,17 +128,17 @@ def measure_training(rows, folder, args, device, dtype, loader_only=False):
             folder, args.image_size, view, views, stage == "finetune", workers=args.workers,
             on_device=device.type == "cuda",
         )  # fmt: skip
-        loader = train_loader(dataset, args.batch_size, 0, args.workers, device)
         alone = train_loader(dataset, args.batch_size, 0, 0, device)
-        model.to(device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.AdamW(build_param_groups(model, 1e-4), fused=True)
-        schedule = warmup_cosine(optimizer, 10**6)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        settings = Namespace(**vars(args), lr=1e-4, epochs=1000, save_every_steps=0)
+        groups = build_param_groups(model, settings.lr)
+        training = start_training(settings, stage, model, groups, dataset, device, None, torch.empty(0))
+        loader, scaler, optimizer = training.loader, training.scaler, training.optimizer
         batch = to_device(next(iter(alone)), dataset, device, (0,))
 
         def model_only(
-            model=model, losses=losses, optimizer=optimizer, scaler=scaler, loader=loader, batch=batch
+            model=model, losses=losses, scaler=scaler, optimizer=optimizer, loader=loader, batch=batch
         ):
+            model.train()
             for _ in range(len(loader)):
                 with autocast(device, dtype):
                     loss = losses(model, batch)[0]
@@ -145,6 +146,10 @@ def measure_training(rows, folder, args, device, dtype, loader_only=False):
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
+
+        def end_to_end(training=training, losses=losses):
+            training.step, training.losses = 0, []
+            train_one_epoch(training, losses)
 
         def iterate(loader):
             for _ in loader:
@@ -154,9 +159,7 @@ def measure_training(rows, folder, args, device, dtype, loader_only=False):
             "loader, one core": partial(iterate, alone),
             f"loader, {args.workers} workers": partial(iterate, loader),
             "model": model_only,
-            "end to end": partial(
-                train_one_epoch, model, losses, loader, optimizer, schedule, scaler, device, dtype, 0, 1
-            ),
+            "end to end": end_to_end,
         }
         if loader_only:
             works = {name: work for name, work in works.items() if "loader" in name}
@@ -345,6 +348,8 @@ def main(args):
     dtype = choose_precision(args.precision, device)
     args.workers = max(args.workers, 1)
     parts = args.only or PARTS[:4]
+    if args.json:
+        check_writable("--json", Path(args.json).parent)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     print(
         f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {args.image_size} px, batches of "

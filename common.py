@@ -7,16 +7,19 @@ beside it. The rooms, in order, are marked by banner comments.
 import argparse
 import csv
 import hashlib
+import io
 import math
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import looks for updates, on the network
@@ -28,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
@@ -169,6 +173,10 @@ def add_training_flags(
     )
     add_device_flags(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the .last.pt file beside --out")
+    parser.add_argument(
+        "--save-every-steps", type=number(int, low=0), default=0,
+        help="also write .last.pt every so many steps; 0 is once an epoch",
+    )  # fmt: skip
 
 
 def read_config(path: str, parser: Parser) -> list[str]:
@@ -223,8 +231,18 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     return parser.parse_args(argv, namespace)
 
 
+class Terminated(BaseException):
+    """SIGTERM, as cluster schedulers send it."""
+
+
+def terminate(*_):
+    """A signal handler that ends the script as Ctrl-C does, what was being written undone."""
+    raise Terminated("stopped by SIGTERM")
+
+
 def run(main, parser: Parser, argv: list[str] | None = None):
-    """Calls `main(args)`; a `UserError` ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    """Calls `main(args)`; exits with 2 and one line for a UserError, 130 for Ctrl-C, 143 for SIGTERM."""
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         main(parse_args(parser, argv))
     except UserError as error:
@@ -233,7 +251,11 @@ def run(main, parser: Parser, argv: list[str] | None = None):
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)
         sys.exit(130)
+    except Terminated as stop:
+        print(f"{parser.prog}: {stop}", file=sys.stderr)
+        sys.exit(143)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -244,7 +266,7 @@ def progress(*args, **options) -> tqdm:
 
 
 # Flags that change where and how a run happens, not what comes out.
-NOT_SETTINGS = ("config", "workers", "overwrite", "resume", "out", "device")
+NOT_SETTINGS = ("config", "workers", "overwrite", "resume", "save_every_steps", "out", "device")
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -266,21 +288,36 @@ def atomic_path(path: str | Path, sync: bool = False):
     """Yields a temporary path that takes `path`'s place on success and vanishes on failure.
 
     It has the same folder and suffix. `sync` has it on the disk before the old file goes, for what took long.
+    Raises UserError if the disk is full or the folder cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".tmp-{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
         yield Path(temporary)
         os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's files are private
         if sync:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}): make room, or name another place"
+            ) from None
         raise
+
+
+def check_writable(flag: str, folder: str | Path):
+    """UserError unless `folder`, or the nearest folder above it that exists, takes new files."""
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}: {nearest} is no folder that can be written: name another place")
 
 
 def write_csv(path: str | Path, rows: list[dict], columns: list[str] | None = None):
@@ -294,15 +331,43 @@ def write_csv(path: str | Path, rows: list[dict], columns: list[str] | None = No
         writer.writerows(rows)
 
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow reads headers here, and warns where decode_image refuses
+MAX_PIXELS = 50_000_000
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # without which OpenCV fills what is missing with grey
+
+
+def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    """Decodes an image to uint8 BGR (H, W, 3), or grey (H, W), upright as its EXIF says.
+
+    Raises ValueError with the reason if it is no whole image, or above `MAX_PIXELS`, seen before decoding.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            form, (width, height) = header.format, header.size
+    except Exception:  # what Pillow raises depends on where a file breaks
+        raise ValueError("unreadable image") from None
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, above {MAX_PIXELS // 10**6} million")
+    if ENDS.get(form, b"") not in data[-1024:]:
+        raise ValueError("truncated image")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise ValueError("unreadable image")
+    return image
+
+
 def read_image(path: str | Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
     """Decodes an image file to uint8 BGR (H, W, 3), or grey (H, W); UserError if it cannot be."""
     try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
-    except (OSError, cv2.error):
-        image = None
-    if image is None:
-        raise UserError(f"{path} is not a readable image: delete it and run the stage that wrote it again")
-    return image
+        return decode_image(Path(path).read_bytes(), flags)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{path} is not a readable image ({reason}): delete it and run the stage that wrote it again"
+        ) from None
 
 
 def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
@@ -681,18 +746,19 @@ class EpochBatches(Sampler):
     """Batches of (epoch, index) keys, in a new order each epoch, the last incomplete one dropped.
 
     The key brings the epoch to the workers, so that they can stay alive between epochs. Under torchrun
-    `batch_size` counts the faces of all processes, and each takes its share of every batch.
+    `batch_size` counts the faces of all processes, and each takes its share of every batch. The first
+    `skip` batches of an epoch are left out, to go on within it.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int):
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+        self.count, self.batch_size, self.seed, self.epoch, self.skip = count, batch_size, seed, 0, 0
 
     def __len__(self):
         return self.count // self.batch_size
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(self.skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
             share = order[start + rank() : start + self.batch_size : world_size()]
             yield [(self.epoch, index) for index in share]
 
@@ -702,29 +768,34 @@ def whole_batch(batch: dict) -> dict:
     return batch
 
 
-def give_way(worker: int):
-    """Lets a loader's worker run only while the arithmetic, on the same cores, leaves one idle."""
-    os.nice(19)
+def check_batch_size(batch_size: int, faces: int):
+    """UserError unless `faces` fill a batch, and its shares are equal and fit for batch normalisation."""
+    if batch_size > faces:
+        raise UserError(f"--batch-size {batch_size} is larger than the train split ({faces} faces): lower it")
+    if batch_size % world_size() or batch_size < 2 * world_size():
+        raise UserError(
+            f"--batch-size {batch_size} does not divide by {world_size()} processes into 2 or more: change it"
+        )
+
+
+def start_worker(worker: int, give_way: bool):
+    """Leaves signals to the main process; with `give_way` works only while the arithmetic leaves a core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if give_way and hasattr(os, "nice"):
+        os.nice(19)
 
 
 def train_loader(
     dataset: FaceDataset, batch_size: int, seed: int, workers: int, device: torch.device
 ) -> DataLoader:
     """Shuffled batches for training; set `loader.batch_sampler.epoch` before each epoch."""
-    if batch_size > len(dataset):
-        raise UserError(
-            f"--batch-size {batch_size} is larger than the train split ({len(dataset)} faces): lower it"
-        )
-    if batch_size % world_size() or batch_size < 2 * world_size():
-        raise UserError(
-            f"--batch-size {batch_size} does not divide by {world_size()} processes into 2 or more: change it"
-        )
     return DataLoader(
         dataset,
         batch_sampler=EpochBatches(len(dataset), batch_size, seed),
         collate_fn=whole_batch,
         num_workers=workers,
-        worker_init_fn=give_way if device.type == "cpu" and hasattr(os, "nice") else None,
+        worker_init_fn=partial(start_worker, give_way=device.type == "cpu"),
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         # Forked workers start at once, with the pictures as they lie in memory.
@@ -866,17 +937,18 @@ def mask_overlap(predicted: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([iou, 2 * iou / (1 + iou)], dim=1)
 
 
-def init_backbone(backbone: nn.Module, init: str) -> tuple[str, Tensor]:
-    """Loads `init` (random, imagenet, or a checkpoint file) into a backbone.
+def init_backbone(backbone: nn.Module, init: str) -> Tensor:
+    """Loads `init` (random, imagenet, or a checkpoint file) into a backbone, and prints what was loaded.
 
-    Returns one line on what was loaded, and the int64 hashes of the faces that those weights have seen.
+    Returns the hashes int64 (M,) of the faces that those weights have seen.
 
     Raises UserError if the ImageNet weights cannot be had, or if the file is no checkpoint or nothing in it
     fits.
     """
     seen = torch.empty(0, dtype=torch.int64)
     if init == "random":
-        return "backbone starts from random weights", seen
+        print("backbone starts from random weights")
+        return seen
     if init == "imagenet":
         try:
             weights = ResNet18_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True)
@@ -896,7 +968,8 @@ def init_backbone(backbone: nn.Module, init: str) -> tuple[str, Tensor]:
     backbone.load_state_dict(fitting, strict=False)
     left_out = sorted({key.split(".")[0] for key in weights.keys() - fitting.keys()})
     line = f"backbone: {len(fitting)} of {len(own)} tensors loaded from {init}"
-    return line + (f"; not loaded: {', '.join(left_out)}" if left_out else "") + "; heads start fresh", seen
+    print(line + (f"; not loaded: {', '.join(left_out)}" if left_out else "") + "; heads start fresh")
+    return seen
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1019,40 +1092,130 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
 LOOK_EVERY = 50  # steps between looks at the loss: each waits for the device
 
 
-def train_one_epoch(
-    model, compute_losses, loader, optimizer, schedule, scaler, device, dtype, epoch: int, epochs: int
-) -> Tensor:
-    """One pass over the train split; returns the losses of every step, float32 (steps, K) on the CPU.
+def start_training(
+    args: argparse.Namespace, kind: str, model: nn.Module, groups: list[dict], dataset: FaceDataset,
+    device: torch.device, state: dict | None, seen: Tensor | None,
+) -> SimpleNamespace:  # fmt: skip
+    """Everything that a run of training consists of, at its beginning or as `state` (a `.last.pt`) has it.
+
+    Where it stands is in `epoch` and `step`, those that are done; `losses` of this epoch so far; `history`, a
+    row an epoch; `best`, for finetune.py; `seen`, the hashes int64 (M,) of all faces that the weights have
+    learned from. From here on SIGTERM waits until a step is done: see `train_one_epoch`.
+    """
+    hashes = torch.from_numpy(dataset.hashes)
+    loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
+    network = distribute(model, device)
+    dtype = choose_precision(args.precision, device)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    training = SimpleNamespace(
+        args=args, kind=kind, model=model, network=network, loader=loader, device=device, dtype=dtype,
+        optimizer=optimizer, schedule=warmup_cosine(optimizer, args.epochs * len(loader)),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), hashes=hashes,
+        epoch=0, step=0, losses=[], history=[], best=None, seen=None, stop=False,
+    )  # fmt: skip
+    if state is None:
+        training.seen = torch.cat([seen, hashes]).unique()
+    else:
+        last = last_path(args.out)
+        if not torch.equal(state["hashes"], hashes):
+            raise UserError(
+                f"{last} learned from other faces than {args.data} holds: --overwrite starts again"
+            )
+        try:
+            for name in PARTS_WITH_STATE:
+                getattr(training, name).load_state_dict(state[name])
+            torch.set_rng_state(state["rng"])
+        except (RuntimeError, ValueError, KeyError, TypeError):
+            raise UserError(f"{last} does not fit the model: --overwrite starts again") from None
+        for name in PLACE:
+            setattr(training, name, state[name])
+    # The first process saves and goes; the others must not go before it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if rank() else lambda *_: setattr(training, "stop", True))
+    return training
+
+
+PARTS_WITH_STATE = ("model", "optimizer", "schedule", "scaler")
+PLACE = ("epoch", "step", "losses", "history", "best", "seen")
+LOOK_EVERY = 50  # steps between looks at the loss: each waits for the device
+
+
+def train_one_epoch(training: SimpleNamespace, compute_losses) -> Tensor:
+    """Trains to the end of this epoch; returns the losses of all its steps, float32 (steps, K) on the CPU.
 
     compute_losses(model, batch) → (K,), of which the first is minimised; see `to_device` for the batch. Under
-    torchrun the losses are means over processes. Raises UserError if the first becomes infinite or NaN.
+    torchrun the losses are means over processes. Raises UserError if the first becomes infinite or NaN, and
+    Terminated after SIGTERM, with `.last.pt` written.
     """
-    model.train()
-    loader.batch_sampler.epoch = epoch
-    recent, looked_at = [], []
-    for step, batch in enumerate(progress(loader, f"epoch {epoch + 1}/{epochs}", unit="step"), start=1):
-        batch = to_device(batch, loader.dataset, device, (epoch, step, rank()))
-        with autocast(device, dtype):
-            losses = compute_losses(model, batch)  # K
-        scaler.scale(losses[0]).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+    t, args = training, training.args
+    steps = len(t.loader)
+    t.network.train()
+    t.loader.batch_sampler.epoch, t.loader.batch_sampler.skip = t.epoch, t.step
+    recent = []
+    title = f"epoch {t.epoch + 1}/{args.epochs}"
+    for batch in progress(t.loader, title, steps, initial=t.step, unit="step") if t.step < steps else ():
+        batch = to_device(batch, t.loader.dataset, t.device, (t.epoch, t.step, rank()))
+        with autocast(t.device, t.dtype):
+            losses = compute_losses(t.network, batch)  # K
+        t.scaler.scale(losses[0]).backward()
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+        t.optimizer.zero_grad()
+        t.step += 1
         recent.append(losses.detach())
-        if step % LOOK_EVERY == 0 or step == len(loader):
-            values = mean_over_ranks(torch.stack(recent).float()).cpu()
+        stop = t.stop
+        saves = stop or (bool(args.save_every_steps) and t.step % args.save_every_steps == 0)
+        if saves or t.step % LOOK_EVERY == 0 or t.step == steps:
+            values = torch.stack(recent).float()
+            values = values.cpu() if stop else mean_over_ranks(values).cpu()  # the others do not stop here
             broken = ~values[:, 0].isfinite()
             # A gradient scaler skips the step of an overflow, and trains on with a smaller scale.
-            if broken.all() if scaler.is_enabled() else broken.any():
-                first = step - len(recent) + int(broken.int().argmax()) + 1
-                raise UserError(
-                    f"the loss became {values[broken][0, 0]:g} in epoch {epoch + 1}, step {first}, at a "
-                    f"learning rate of {schedule.get_last_lr()[-1]:.2g}: lower --lr; older files are kept"
-                )
-            looked_at.append(values)
+            if broken.all() if t.scaler.is_enabled() else broken.any():
+                first = t.step - len(recent) + int(broken.int().argmax()) + 1
+                stop_broken(t, f"the loss became {values[broken][0, 0]:g}", first)
+            t.losses.append(values)
             recent = []
-        schedule.step()
-    return torch.cat(looked_at)
+            if (saves or t.step == steps) and not all_finite(t.model):
+                stop_broken(t, "weights became infinite or NaN", t.step)
+        t.schedule.step()
+        if saves:
+            save_training(t)
+    return torch.cat(t.losses)
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether all weights and statistics of a model are finite numbers."""
+    return all(bool(values.isfinite().all()) for values in model.state_dict().values())
+
+
+def stop_broken(training: SimpleNamespace, what: str, step: int):
+    """Raises the UserError of a run whose numbers are no longer finite."""
+    remedy = "lower --lr" + (" or raise --temperature" if "temperature" in training.args else "")
+    raise UserError(
+        f"{what} in epoch {training.epoch + 1}, step {step}, at a learning rate of "
+        f"{training.schedule.get_last_lr()[-1]:.2g}: {remedy}; checkpoints from before are kept"
+    )
+
+
+def finish_epoch(training: SimpleNamespace, row: dict):
+    """Adds a row to the history, moves on to the next epoch and writes `.last.pt` and the history."""
+    training.history.append(row)
+    training.epoch, training.step, training.losses = training.epoch + 1, 0, []
+    save_training(training)
+    if not rank():
+        write_csv(Path(training.args.out).with_suffix(".csv"), training.history)
+
+
+def save_training(training: SimpleNamespace):
+    """Writes `.last.pt`, for --resume; then stops if SIGTERM asked for it."""
+    t, args = training, training.args
+    if not rank():
+        state = {name: getattr(t, name).state_dict() for name in PARTS_WITH_STATE}
+        state |= {name: getattr(t, name) for name in (*PLACE, "hashes")} | {"rng": torch.get_rng_state()}
+        save_checkpoint(last_path(args.out), f"{t.kind}.last", args, **state)
+    if t.stop:
+        raise Terminated(
+            f"stopped by SIGTERM at epoch {t.epoch}, step {t.step}: --resume continues {last_path(args.out)}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1060,15 +1223,32 @@ def train_one_epoch(
 # ------------------------------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 1
+WEIGHTS = {"weights": dict, "train_hashes": Tensor}
+RUN = {
+    "epoch": int,
+    "step": int,
+    "losses": list,
+    "history": list,
+    "seen": Tensor,
+    "hashes": Tensor,
+    "rng": Tensor,
+}
+CONTENT = {  # what a checkpoint of each kind holds, beside its header
+    "contrastive": WEIGHTS,
+    "model": WEIGHTS | {"epoch": int, "val": dict},
+    "contrastive.last": RUN,
+    "model.last": RUN,
+}
 
 
 def save_checkpoint(path: str | Path, kind: str, args: argparse.Namespace, **content):
     """Writes a checkpoint: tensors and builtins with kind, version, config, preprocessing, `content`."""
     preprocessing = {"image_size": args.image_size, "mean": PIXEL_MEAN, "std": PIXEL_STD, "channels": "RGB"}
     header = {"kind": kind, "format_version": FORMAT_VERSION, "config": settings_of(args)}
-    # To a file object: given a path, torch.save writes its (temporary) name into the file.
-    with atomic_path(path, sync=True) as temporary, open(temporary, "wb") as file:
-        torch.save({**header, "preprocessing": preprocessing, **content}, file)
+    buffer = io.BytesIO()  # given a path, torch.save writes its (temporary) name into the file
+    torch.save({**header, "preprocessing": preprocessing, **content}, buffer)
+    with atomic_path(path, sync=True) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path, kinds: str | tuple[str, ...]) -> dict:
@@ -1088,6 +1268,16 @@ def load_checkpoint(path: str | Path, kinds: str | tuple[str, ...]) -> dict:
         )
     if checkpoint.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} has format version {checkpoint.get('format_version')}, not {FORMAT_VERSION}")
+    types = {"config": dict, "preprocessing": dict, **CONTENT[checkpoint["kind"]]}
+    wrong = [key for key, kind in types.items() if not isinstance(checkpoint.get(key), kind)]
+    if not wrong and checkpoint["preprocessing"].get("image_size") not in range(32, 4097, 32):
+        wrong = ["preprocessing"]
+    if not wrong and not all(isinstance(value, Tensor) for value in checkpoint.get("weights", {}).values()):
+        wrong = ["weights"]
+    if wrong:
+        raise UserError(
+            f"{path} is damaged: {', '.join(wrong)} missing or not what it should be; train again"
+        )
     return checkpoint
 
 
@@ -1102,6 +1292,13 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     A finished run with the same settings counts as one to continue: nothing is left to train.
     """
     out, last = Path(args.out), last_path(args.out)
+    check_writable("--out", out.parent)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file in it, such as {out / f'{kind}.pt'}")
+    if not rank():
+        for name in (out, last):  # of a run that was killed
+            for leftover in out.parent.glob(f".tmp-{name.stem}-*"):
+                leftover.unlink(missing_ok=True)
     if args.overwrite:
         if args.resume:
             raise UserError("--resume and --overwrite contradict each other: give one")
@@ -1123,33 +1320,8 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
             raise UserError(f"{last} was made with {flag} {old}, not {new}: --overwrite starts again")
     if not args.resume and state["epoch"] < args.epochs:
         raise UserError(f"{last} holds an unfinished run: --resume continues it, --overwrite starts again")
-    print(f"resumed {last} at epoch {state['epoch']}")
+    print(f"resumed {last} at epoch {state['epoch']}, step {state['step']}")
     return state
-
-
-def check_same_faces(state: dict, hashes: Tensor, args: argparse.Namespace):
-    """UserError if the faces to train on, by their hashes int64 (N,), are not the interrupted run's."""
-    if not torch.equal(state["hashes"], hashes):
-        last = last_path(args.out)
-        raise UserError(f"{last} learned from other faces than {args.data} holds: --overwrite starts again")
-
-
-def training_state(model, optimizer, schedule, scaler) -> dict:
-    """What `.last.pt` keeps of these objects, and torch's random state; see `restore_training`."""
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    return {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
-
-
-def restore_training(state: dict, model, optimizer, schedule, scaler):
-    """Puts back what `training_state` returned."""
-    for name, part in (
-        ("model", model),
-        ("optimizer", optimizer),
-        ("schedule", schedule),
-        ("scaler", scaler),
-    ):
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"])
 
 
 def plot_history(path: str | Path, history: list[dict], panels: dict[str, list[str]]):

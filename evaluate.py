@@ -21,8 +21,10 @@ from common import (
     GROUP_NAMES,
     FaceDataset,
     MultitaskResNet18,
+    UserError,
     add_device_flags,
     atomic_path,
+    check_writable,
     choose_device,
     choose_precision,
     load_checkpoint,
@@ -54,8 +56,11 @@ LABELS = {  # how each metric is averaged, for the terminal
 def load_model(path, device):
     """The model of a checkpoint written by finetune.py, in eval mode, and the checkpoint itself."""
     checkpoint = load_checkpoint(path, "model")
-    model = MultitaskResNet18(len(GROUP_NAMES), checkpoint["config"]["multitask"])
-    model.load_state_dict(checkpoint["weights"])
+    model = MultitaskResNet18(len(GROUP_NAMES), checkpoint["config"].get("multitask"))
+    try:
+        model.load_state_dict(checkpoint["weights"])
+    except RuntimeError:
+        raise UserError(f"{path} is damaged: its weights do not fit the model; train again") from None
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
@@ -152,6 +157,7 @@ def get_parser():
 
 def main(args):
     device = choose_device(args.device)
+    check_writable("--out", args.out)
     model, checkpoint = load_model(args.checkpoint, device)
     dataset = FaceDataset(
         Path(args.data) / args.split,

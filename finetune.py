@@ -24,29 +24,27 @@ from common import (
     MultitaskResNet18,
     UserError,
     add_training_flags,
+    age_to_group,
     build_param_groups,
-    check_same_faces,
+    check_batch_size,
     choose_device,
     choose_precision,
-    distribute,
+    finish_epoch,
     init_backbone,
     join_processes,
-    last_path,
+    list_pairs,
     mask_loss,
     number,
     open_run,
     plot_history,
     predict_dataset,
     rank,
-    restore_training,
     run,
     save_checkpoint,
     script_parser,
     set_seed,
-    train_loader,
+    start_training,
     train_one_epoch,
-    training_state,
-    warmup_cosine,
     write_csv,
 )
 
@@ -70,17 +68,13 @@ def validate(model, dataset, args, device, dtype):
     }
 
 
-def save_model(args, best, seen):
+def save_best(training):
     """Writes the best epoch so far as the checkpoint that evaluate.py reads."""
+    best = training.best
     save_checkpoint(
-        args.out,
-        "model",
-        args,
-        weights=best["weights"],
-        epoch=best["epoch"],
-        val=best["figures"],
-        train_hashes=seen,
-    )
+        training.args.out, "model", training.args,
+        weights=best["weights"], epoch=best["epoch"], val=best["figures"], train_hashes=training.seen,
+    )  # fmt: skip
 
 
 def get_parser():
@@ -114,12 +108,16 @@ def main(args):
     device = join_processes(choose_device(args.device))
     dtype = choose_precision(args.precision, device)
     state = open_run(args, "model")
+    faces = list_pairs(Path(args.data) / "train", need_masks=args.multitask)
+    check_batch_size(args.batch_size, len(faces))
+    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), age_to_group([face.age for face in faces]))
+    if len(missing):
+        names = ", ".join(GROUP_NAMES[group] for group in missing)
+        raise UserError(f"{args.data}/train holds no face of {names}: add some and run split.py again")
 
     set_seed(args.seed)
     model = MultitaskResNet18(len(GROUP_NAMES), args.multitask)
-    if state is None:
-        line, seen = init_backbone(model.backbone, args.init)
-        print(line)
+    seen = None if state else init_backbone(model.backbone, args.init)
     train, val = (
         FaceDataset(
             Path(args.data) / split, args.image_size, view, with_masks=args.multitask, seed=args.seed,
@@ -127,82 +125,42 @@ def main(args):
         )
         for split, view in (("train", SUPERVISED_VIEW), ("val", None))
     )  # fmt: skip
-    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), train.groups)
-    if len(missing):
-        names = ", ".join(GROUP_NAMES[group] for group in missing)
-        raise UserError(f"{args.data}/train holds no face of {names}: add some and run split.py again")
-    hashes = torch.from_numpy(train.hashes)
-    loader = train_loader(train, args.batch_size, args.seed, args.workers, device)
-
-    network = distribute(model, device)
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    schedule = warmup_cosine(optimizer, args.epochs * len(loader))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state is None:
-        start, history, best, seen = 0, [], None, torch.cat([seen, hashes]).unique()
-    else:
-        check_same_faces(state, hashes, args)
-        restore_training(state, model, optimizer, schedule, scaler)
-        start, history, best, seen = state["epoch"], state["history"], state["best"], state["train_hashes"]
+    training = start_training(args, "model", model, groups, train, device, state, seen)
 
-    for epoch in range(start, args.epochs):
-        began = time.perf_counter()
-        losses = train_one_epoch(
-            network, partial(multitask_losses, mask_weight=args.mask_weight), loader, optimizer, schedule,
-            scaler, device, dtype, epoch, args.epochs,
-        )  # fmt: skip
+    for epoch in range(training.epoch, args.epochs):
+        began, begun = time.perf_counter(), training.step
+        losses = train_one_epoch(training, partial(multitask_losses, mask_weight=args.mask_weight))
         _, group_loss, face_loss = losses.mean(dim=0).tolist()
         seconds = time.perf_counter() - began
         figures = validate(model, val, args, device, dtype)
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "train_loss": group_loss,
-                "train_mask_loss": face_loss,
-                **figures,
-                "lr": schedule.get_last_lr()[-1],
-                "seconds": round(seconds, 1),
-            }
-        )
         score = (-figures["val_accuracy"], figures["val_loss"])
-        if best is None or score < tuple(best["score"]):
+        better = training.best is None or score < tuple(training.best["score"])
+        if better:
             weights = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
-            best = {"epoch": epoch + 1, "score": score, "figures": figures, "weights": weights}
+            training.best = {"epoch": epoch + 1, "score": score, "figures": figures, "weights": weights}
         print(
             f"epoch {epoch + 1}/{args.epochs}: train loss {group_loss:.4f}, "
             f"val loss {figures['val_loss']:.4f}, val accuracy {figures['val_accuracy']:.2%}"
             + (f", val mask IoU {figures['val_mask_iou']:.3f}" if args.multitask else "")
-            + f", {seconds:.0f} s, {len(loader) * args.batch_size / seconds:.0f} faces/s"
+            + f", {seconds:.0f} s, {(len(losses) - begun) * args.batch_size / seconds:.0f} faces/s"
         )
-        if rank():
-            continue
-        state = training_state(model, optimizer, schedule, scaler)
-        save_checkpoint(
-            last_path(args.out),
-            "model.last",
-            args,
-            **state,
-            epoch=epoch + 1,
-            history=history,
-            best=best,
-            hashes=hashes,
-            train_hashes=seen,
-        )
-        write_csv(Path(args.out).with_suffix(".csv"), history)
-        if best["epoch"] == epoch + 1:
-            save_model(args, best, seen)
+        row = {"epoch": epoch + 1, "train_loss": group_loss, "train_mask_loss": face_loss, **figures}
+        row |= {"lr": training.schedule.get_last_lr()[-1], "seconds": round(seconds, 1)}
+        finish_epoch(training, row)
+        if better and not rank():
+            save_best(training)
 
     if rank():
         return
-    save_model(args, best, seen)
-    write_csv(Path(args.out).with_suffix(".csv"), history)
+    save_best(training)
+    write_csv(Path(args.out).with_suffix(".csv"), training.history)
     panels = {"loss": ["train_loss", "val_loss"], "val accuracy": ["val_accuracy"]}
     panels |= {"val mask IoU": ["val_mask_iou"]} if args.multitask else {}
-    plot_history(Path(args.out).with_suffix(".png"), history, panels)
+    plot_history(Path(args.out).with_suffix(".png"), training.history, panels)
     print(
-        f"{args.out} written: epoch {best['epoch']} of {args.epochs} on {len(train)} faces "
-        f"at {args.image_size} px, val accuracy {best['figures']['val_accuracy']:.2%} on {len(val)}"
+        f"{args.out} written: epoch {training.best['epoch']} of {args.epochs} on {len(train)} faces "
+        f"at {args.image_size} px, val accuracy {training.best['figures']['val_accuracy']:.2%} on {len(val)}"
     )
 
 

@@ -25,7 +25,18 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import UserError, atomic_path, parse_name, progress, read_image, run, script_parser, write_csv
+from common import (
+    UserError,
+    atomic_path,
+    check_writable,
+    decode_image,
+    parse_name,
+    progress,
+    read_image,
+    run,
+    script_parser,
+    write_csv,
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # Default parser: GrabCut, then the face oval that explains its labels best
@@ -158,8 +169,12 @@ def choose_parser(name: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
 PNG_FLAGS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
 
 
-def read_files(source: Path, output: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yields name and reader of each file in a folder (but for the output's) or archive, in a fixed order.
+MAX_BYTES = 64 * 2**20  # of one file: an archive may say less than it unpacks to
+MIN_SIDE = 16  # pixels
+
+
+def read_files(source: Path, output: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """Yields name, size, reader of each file in a folder (but for the output's) or archive, in a fixed order.
 
     Nothing is unpacked: call a reader before asking for the next file. UserError if there is no source.
     """
@@ -168,37 +183,34 @@ def read_files(source: Path, output: Path) -> Iterator[tuple[str, Callable[[], b
         own = output if root in output.parents else None
         for path in sorted(root.rglob("*")):
             if path.is_file() and own not in path.parents:
-                yield path.relative_to(root).as_posix(), path.read_bytes
+                yield path.relative_to(root).as_posix(), path.stat().st_size, path.read_bytes
     elif not source.is_file():
         raise UserError(f"--input {source} does not exist: name a folder, .tar.gz or .zip of UTKFace's faces")
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
                 if not member.is_dir():
-                    yield member.filename, partial(archive.read, member)
+                    yield member.filename, member.file_size, partial(archive.read, member)
     else:
         with tarfile.open(source) as archive:
             for member in archive:
                 if member.isfile():
-                    yield member.name, archive.extractfile(member).read
+                    yield member.name, member.size, archive.extractfile(member).read
 
 
-def write_pair(data: bytes, stem: str, output: Path, parse: Callable[[np.ndarray], np.ndarray]) -> bool:
-    """Writes image and mask of an encoded face; False if it cannot be decoded, UserError if not written."""
+def write_pair(data: bytes, stem: str, output: Path, parse: Callable[[np.ndarray], np.ndarray]) -> str | None:
+    """Writes image and mask of an encoded face; the reason if it cannot be used, UserError if not written."""
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        image = None
-    if image is None:
-        return False
+        image = decode_image(data)
+    except ValueError as error:
+        return str(error)
+    if min(image.shape[:2]) < MIN_SIDE:
+        return f"{image.shape[1]}x{image.shape[0]} pixels, below {MIN_SIDE} a side"
     for part, pixels in (("mask", parse(image)), ("image", image)):  # never an image without its mask
         encoded = cv2.imencode(".png", pixels, PNG_FLAGS)[1]
-        try:
-            with atomic_path(output / f"{stem}_{part}.png") as temporary:
-                temporary.write_bytes(encoded)
-        except OSError as error:
-            raise UserError(f"--output {output} cannot be written ({error.strerror}): name another") from None
-    return True
+        with atomic_path(output / f"{stem}_{part}.png") as temporary:
+            temporary.write_bytes(encoded)
+    return None
 
 
 def write_pairs(args, parse: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int, list[dict]]:
@@ -213,13 +225,13 @@ def write_pairs(args, parse: Callable[[np.ndarray], np.ndarray]) -> tuple[int, i
 
     def finish_oldest() -> bool:
         name, pair = pending.popleft()
-        if not pair.result():
-            skip(name, "unreadable image")
-        return pair.result()
+        if pair.result():
+            skip(name, pair.result())
+        return not pair.result()
 
     with ThreadPoolExecutor(workers) as pool, progress(desc="masks", unit=" files") as bar:
         try:
-            for name, read in read_files(source, output):
+            for name, size, read in read_files(source, output):
                 bar.update()
                 face = parse_name(PurePosixPath(name).name)
                 if not face:
@@ -228,7 +240,9 @@ def write_pairs(args, parse: Callable[[np.ndarray], np.ndarray]) -> tuple[int, i
                     skip(name, f"same name as {first[face.stem]}")
                 else:
                     first[face.stem] = name
-                    if {f"{face.stem}_image.png", f"{face.stem}_mask.png"} <= there:
+                    if size > MAX_BYTES:
+                        skip(name, f"larger than {MAX_BYTES // 2**20} MiB")
+                    elif {f"{face.stem}_image.png", f"{face.stem}_mask.png"} <= there:
                         found += 1
                     else:
                         pending.append((name, pool.submit(write_pair, read(), face.stem, output, parse)))
@@ -282,8 +296,7 @@ def get_parser():
 
 def main(args):
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: name a folder")
+    check_writable("--output", output)
     if output.resolve() == Path(args.input).resolve():
         raise UserError(f"--output {output} is --input as well: name another folder")
     # What cannot be decoded is listed in skipped.csv: the decoder need not complain as well.
@@ -305,8 +318,8 @@ def main(args):
         with atomic_path(output / "preview.png") as temporary:
             contact_sheet(output, stems).save(temporary)
     print(
-        f"{output}: {written:,} pairs written ({speed:.0f} faces/s), {found:,} already there, "
-        f"{len(skipped):,} files skipped (see skipped.csv); preview.png shows some"
+        f"{output}: {written + found + len(skipped):,} files: {written:,} pairs written ({speed:.0f}/s), "
+        f"{found:,} already there, {len(skipped):,} skipped (see skipped.csv); preview.png shows some"
     )
 
 

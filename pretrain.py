@@ -14,7 +14,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 from torchvision.models import resnet18
 
@@ -24,27 +23,24 @@ from common import (
     add_training_flags,
     age_contrastive_loss,
     build_param_groups,
-    check_same_faces,
+    check_batch_size,
     choose_device,
     choose_precision,
-    distribute,
+    finish_epoch,
     init_backbone,
     join_processes,
-    last_path,
+    list_pairs,
     nt_xent_loss,
     number,
     open_run,
     plot_history,
     rank,
-    restore_training,
     run,
     save_checkpoint,
     script_parser,
     set_seed,
-    train_loader,
+    start_training,
     train_one_epoch,
-    training_state,
-    warmup_cosine,
     write_csv,
 )
 
@@ -110,75 +106,42 @@ def get_parser():
 
 def main(args):
     device = join_processes(choose_device(args.device))
-    dtype = choose_precision(args.precision, device)
+    choose_precision(args.precision, device)
     state = open_run(args, "contrastive")
+    train = Path(args.data) / "train"
+    check_batch_size(args.batch_size, len(list_pairs(train, need_masks=False)))
 
     set_seed(args.seed)
     model = ContrastiveResNet18()
-    if state is None:
-        line, seen = init_backbone(model.backbone, args.init)
-        print(line)
+    seen = None if state else init_backbone(model.backbone, args.init)
     dataset = FaceDataset(
-        Path(args.data) / "train", args.image_size, CONTRASTIVE_VIEW, views=2, with_masks=False,
+        train, args.image_size, CONTRASTIVE_VIEW, views=2, with_masks=False,
         seed=args.seed, workers=args.workers, on_device=device.type == "cuda",
     )  # fmt: skip
-    hashes = torch.from_numpy(dataset.hashes)
-    loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
-
-    network = distribute(model, device)
     groups = build_param_groups(model, args.lr, weight_decay=args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    schedule = warmup_cosine(optimizer, args.epochs * len(loader))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state is None:
-        start, history, seen = 0, [], torch.cat([seen, hashes]).unique()
-    else:
-        check_same_faces(state, hashes, args)
-        restore_training(state, model, optimizer, schedule, scaler)
-        start, history, seen = state["epoch"], state["history"], state["train_hashes"]
+    training = start_training(args, "contrastive", model, groups, dataset, device, state, seen)
 
-    for epoch in range(start, args.epochs):
-        began = time.perf_counter()
-        losses = train_one_epoch(
-            network, partial(contrastive_loss, args=args), loader, optimizer, schedule, scaler, device, dtype,
-            epoch, args.epochs,
-        )[:, 0]  # fmt: skip
+    for epoch in range(training.epoch, args.epochs):
+        began, begun = time.perf_counter(), training.step
+        losses = train_one_epoch(training, partial(contrastive_loss, args=args))[:, 0]
         if epoch == 0 and args.positives == "view" and args.init == "random":
             warn_of_odd_start(losses[0].item(), args.batch_size)
-        loss = losses.mean().item()
+        loss, lr = losses.mean().item(), training.schedule.get_last_lr()[0]
         seconds = time.perf_counter() - began
-        faces_a_second = len(loader) * args.batch_size / seconds
-        lr = schedule.get_last_lr()[0]
-        history.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": round(seconds, 1)})
-        print(
-            f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, {seconds:.0f} s, {faces_a_second:.0f} faces/s"
-        )
-        if rank():
-            continue
-        state = training_state(model, optimizer, schedule, scaler)
-        save_checkpoint(
-            last_path(args.out),
-            "contrastive.last",
-            args,
-            **state,
-            epoch=epoch + 1,
-            history=history,
-            hashes=hashes,
-            train_hashes=seen,
-        )
-        write_csv(Path(args.out).with_suffix(".csv"), history)
+        speed = (len(losses) - begun) * args.batch_size / seconds
+        print(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, {seconds:.0f} s, {speed:.0f} faces/s")
+        finish_epoch(training, {"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": round(seconds, 1)})
 
     if rank():
         return
     weights = {f"backbone.{key}": value.cpu() for key, value in model.backbone.state_dict().items()}
-    save_checkpoint(args.out, "contrastive", args, weights=weights, train_hashes=seen)
-    write_csv(Path(args.out).with_suffix(".csv"), history)
-    plot_history(
-        Path(args.out).with_suffix(".png"), history, {"contrastive loss": ["loss"], "learning rate": ["lr"]}
-    )
+    save_checkpoint(args.out, "contrastive", args, weights=weights, train_hashes=training.seen)
+    write_csv(Path(args.out).with_suffix(".csv"), training.history)
+    panels = {"contrastive loss": ["loss"], "learning rate": ["lr"]}
+    plot_history(Path(args.out).with_suffix(".png"), training.history, panels)
     print(
         f"{args.out} written: backbone after {args.epochs} epochs on {len(dataset)} faces "
-        f"at {args.image_size} px, loss {history[-1]['loss']:.4f}"
+        f"at {args.image_size} px, loss {training.history[-1]['loss']:.4f}"
     )
 
 

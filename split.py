@@ -23,6 +23,7 @@ from common import (
     GROUP_NAMES,
     UserError,
     age_to_group,
+    check_writable,
     list_pairs,
     number,
     progress,
@@ -136,7 +137,6 @@ def print_table(groups, splits):
 
 def write_split(source, target, rows, conflicts, overwrite):
     """Builds the folders beside `target`, with hard links to the pairs where possible, and renames."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     try:
         building.chmod(0o755)
@@ -158,8 +158,10 @@ def write_split(source, target, rows, conflicts, overwrite):
             shutil.rmtree(old)
         else:
             building.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"--output {target} cannot be written ({error.strerror}): make room") from None
         raise
 
 
@@ -210,7 +212,15 @@ def main(args):
             f"--fractions sum to {sum(args.fractions):g}, not to one: mend them, such as 0.7 0.1 0.2"
         )
     source, target = Path(args.input), Path(args.output)
+    check_writable("--output", target)
     faces = list_pairs(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob(f".old-{target.name}-*/{target.name}"):  # a kill while it was replaced
+        if not target.exists():
+            old.rename(target)
+    for kind in ("old", "tmp"):
+        for leftover in target.parent.glob(f".{kind}-{target.name}-*"):
+            shutil.rmtree(leftover)
     if (
         target.exists()
         and not (target / "split.csv").is_file()

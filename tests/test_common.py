@@ -543,11 +543,12 @@ def test_imagenet_without_network_names_the_other_choices(monkeypatch):
         common.init_backbone(MultitaskResNet18().backbone, "imagenet")
 
 
-def test_imagenet_weights_are_loaded(monkeypatch):
+def test_imagenet_weights_are_loaded(monkeypatch, capsys):
     """A stand-in of the download's form: everything but ImageNet's own head must arrive."""
     weights = common.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
     backbone = MultitaskResNet18().backbone
-    line, seen = common.init_backbone(backbone, "imagenet")
+    seen = common.init_backbone(backbone, "imagenet")
+    line = capsys.readouterr().out
     assert torch.equal(backbone.conv1.weight, weights["conv1.weight"])
     assert "120 of 120" in line and "not loaded: fc" in line and len(seen) == 0

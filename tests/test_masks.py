@@ -92,7 +92,7 @@ def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
             member.size = len(data)
             packed.addfile(member, io.BytesIO(data))
     code, out, _ = cli("masks", "--input", path, "--output", tmp_path / "out")
-    assert code == 0 and "1 pairs written" in out and "7 files skipped" in out
+    assert code == 0 and "1 pairs written" in out and "8 files:" in out and "7 skipped" in out
     reasons = skipped(tmp_path / "out")
     assert len(reasons) == 7 and len(pairs(tmp_path / "out")) == 2
     assert [name for name, reason in sorted(reasons.items()) if "malformed" in reason] == [

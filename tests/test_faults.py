@@ -1,0 +1,355 @@
+"""Nothing is lost to kills, full disks and numbers gone wrong; nothing from outside is trusted.
+
+`make soak` sets KILLS to kill each stage more often than the suite does.
+"""
+
+import csv
+import io
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+from common import decode_image, load_checkpoint
+from conftest import ROOT, noise_pairs
+
+KILLS = int(os.environ.get("KILLS", 2))  # of each training stage, half as many of the others
+TRAINING = ["--image-size", 32, "--batch-size", 16, "--workers", 0, "--device", "cpu", "--init", "random"]
+
+
+def run_until(event, script, *flags, cwd):
+    """Runs a script in a process of its own, killed at an event (0: never): (exit code, stdout)."""
+    command = [sys.executable, Path(__file__).with_name("kill_at.py"), event, ROOT / f"{script}.py", *flags]
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode, done.stdout
+
+
+def test_ctrl_c_reaches_the_workers_too(drawn, tmp_path):
+    flags = ["--data", drawn / "dataset/processed_split", *TRAINING, "--out", "o.pt", "--workers", 2]
+    command = [sys.executable, ROOT / "tests/kill_at.py", 9, ROOT / "finetune.py", *flags]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "KILL_GROUP_BY": "SIGINT"},
+    )  # fmt: skip
+    assert process.communicate()[1] == "finetune.py: stopped\n" and process.returncode == 130
+    with pytest.raises(ProcessLookupError):  # nobody is left of it
+        os.killpg(process.pid, 0)
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def plan(total, kills, seed):
+    """Seeded events to kill at, so few apart that none of the runs ends before its kill."""
+    return [random.Random(seed + kill).randrange(1, total // (kills + 1)) for kill in range(kills)]
+
+
+@pytest.mark.parametrize("script, kind", [("pretrain", "contrastive"), ("finetune", "model")])
+def test_killed_training_ends_with_the_same_weights(drawn, tmp_path, script, kind):
+    flags = ["--data", drawn / "dataset/processed_split", *TRAINING, "--epochs", 2, "--save-every-steps", 2]
+    flags += ["--multitask"] if script == "finetune" else []
+    (tmp_path / "whole").mkdir()
+    total = int(run_until(0, script, *flags, "--out", "o.pt", cwd=tmp_path / "whole")[1].splitlines()[-1])
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    after_a_checkpoint = 0
+    for event in plan(total, KILLS, seed=len(script)):
+        assert run_until(event, script, *flags, "--out", "o.pt", "--resume", cwd=cut)[0] == -signal.SIGKILL
+        after_a_checkpoint += (cut / "o.last.pt").exists()
+        for path in cut.glob("o*.pt"):
+            load_checkpoint(path, (kind, f"{kind}.last"))  # whole
+    assert after_a_checkpoint >= KILLS / 2
+    code, printed = run_until(0, script, *flags, "--out", "o.pt", "--resume", cwd=cut)
+    assert code == 0 and "resumed o.last.pt at epoch" in printed
+    whole, resumed = (load_checkpoint(tmp_path / name / "o.pt", kind)["weights"] for name in ("whole", "cut"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert files(cut).keys() == files(tmp_path / "whole").keys()
+
+
+@pytest.mark.parametrize("script", ["masks", "split"])
+def test_killed_files_are_taken_up(drawn, tmp_path, script):
+    source = drawn / ("dataset/raw" if script == "masks" else "dataset/processed")
+    flags = ["--input", source, "--workers", 1, "--output"]
+    total = int(run_until(0, script, *flags, "whole", cwd=tmp_path)[1].splitlines()[-1])
+    for event in plan(total, max(KILLS // 2, 1), seed=5):
+        assert run_until(event, script, *flags, "cut/out", cwd=tmp_path)[0] == -signal.SIGKILL
+    assert run_until(0, script, *flags, "cut/out", cwd=tmp_path)[0] == 0
+    assert files(tmp_path / "cut/out") == files(tmp_path / "whole")
+    assert os.listdir(tmp_path / "cut") == ["out"]
+
+
+def test_a_split_killed_while_it_is_replaced_is_still_there(tmp_path, cli):
+    noise_pairs(tmp_path / "p", [1, 10, 20, 30, 50, 70] * 10)
+    flags = ["--input", tmp_path / "p", "--output", tmp_path / "s"]
+    assert cli("split", *flags)[0] == 0
+    before = files(tmp_path / "s")
+    (tmp_path / ".old-s-x").mkdir()
+    (tmp_path / "s").rename(tmp_path / ".old-s-x/s")  # as far as a kill may let it come
+    assert cli("split", *flags)[0] == 0
+    assert files(tmp_path / "s") == before and sorted(os.listdir(tmp_path)) == ["p", "s"]
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_in_one_line(drawn, tmp_path, cli, monkeypatch, signum, code):
+    flags = ["--data", drawn / "dataset/processed_split", *TRAINING, "--epochs", 2]
+    assert cli("finetune", *flags, "--out", tmp_path / "whole.pt")[0] == 0
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:  # of 6 an epoch
+            os.kill(os.getpid(), signum)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    out = tmp_path / "cut.pt"
+    flags = [*flags, "--workers", 1]
+    found, _, err = cli("finetune", *flags, "--out", out)
+    assert found == code and err.count("\n") == 1
+    state = load_checkpoint(tmp_path / "cut.last.pt", "model.last")
+    assert (state["epoch"], state["step"]) == ((1, 3) if signum == signal.SIGTERM else (1, 0))
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    found, printed, _ = cli("finetune", *flags, "--out", out, "--resume")
+    assert found == 0 and f"at epoch 1, step {state['step']}" in printed
+    whole, cut = (load_checkpoint(tmp_path / f"{name}.pt", "model")["weights"] for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_full_disk_leaves_the_last_good_files(drawn, tmp_path, cli, monkeypatch):
+    flags = [
+        "--data",
+        drawn / "dataset/processed_split",
+        *TRAINING,
+        "--epochs",
+        2,
+        "--out",
+        tmp_path / "m.pt",
+    ]
+    train, calls, before = finetune.train_one_epoch, [], {}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            before.update(files(tmp_path))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file above a mebibyte
+        return train(*args)
+
+    monkeypatch.setattr(finetune, "train_one_epoch", fills)
+    try:
+        code, _, err = cli("finetune", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and err.count("\n") == 1 and "m.last.pt cannot be written" in err
+    assert files(tmp_path) == before
+    monkeypatch.setattr(finetune, "train_one_epoch", train)
+    assert cli("finetune", *flags, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_numbers_gone_wrong_stop_the_run_and_keep_the_checkpoint(drawn, tmp_path, cli, monkeypatch, what):
+    flags = [
+        "--data",
+        drawn / "dataset/processed_split",
+        *TRAINING,
+        "--epochs",
+        3,
+        "--out",
+        tmp_path / "m.pt",
+    ]
+    losses, calls, before = finetune.multitask_losses, [], {}
+
+    def breaks(model, batch, **options):
+        calls.append(1)
+        if len(calls) == (8 if what == "loss" else 12):
+            before.update(files(tmp_path))
+            return losses(model, batch, **options) * torch.tensor([float("nan"), 1, 1])
+        return losses(model, batch, **options)
+
+    def weights_break(model, batch, **options):
+        found = breaks(model, batch, **options)
+        return found if found[0].isfinite() else torch.stack([_Silent.apply(found[1]), *found[1:]])
+
+    monkeypatch.setattr(finetune, "multitask_losses", breaks if what == "loss" else weights_break)
+    code, _, err = cli("finetune", *flags)
+    assert code == 2 and err.count("\n") == 1 and "lower --lr" in err and "learning rate of 0.0" in err
+    assert (
+        "epoch 2, step 2" if what == "loss" else "weights became infinite or NaN in epoch 2, step 6"
+    ) in err
+    assert files(tmp_path) == before
+
+
+class _Silent(torch.autograd.Function):
+    """A loss that is finite, with a gradient that is not."""
+
+    @staticmethod
+    def forward(_, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient * float("nan")
+
+
+# Files from outside
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def pictures():
+    """Files by name: those that must give a pair, and those that must not, with a word of the reason."""
+    rng = np.random.default_rng(0)
+    face = Image.fromarray(cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (60, 80)))
+    jpeg, turned = encoded(face, "JPEG"), Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90°
+    huge = Image.new("1", (20_000, 20_000))
+    deep = cv2.imencode(".png", (np.asarray(face).astype(np.uint16) * 257)[..., ::-1])[1].tobytes()
+    good = {
+        "grey.jpg": encoded(face.convert("L"), "JPEG"),
+        "rgba.png": encoded(face.convert("RGBA"), "PNG"),
+        "16-bit.png": deep,
+        "cmyk.jpg": encoded(face.convert("CMYK"), "JPEG"),
+        "palette.png": encoded(face.convert("P"), "PNG"),
+        "exif.jpg": encoded(face, "JPEG", exif=turned),
+        "lossless.webp": encoded(face, "WEBP", lossless=True),
+    }
+    bad = {
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "cut.png": (good["rgba.png"][: len(good["rgba.png"]) // 2], "truncated"),
+        "empty.jpg": (b"", "unreadable"),
+        "1x1.png": (encoded(face.resize((1, 1)), "PNG"), "below 16"),
+        "huge.png": (encoded(huge, "PNG"), "20000x20000 pixels"),
+        "text.jpg": (b"I am no picture", "unreadable"),
+        "bomb.bmp": (bytes(65 * 2**20), "larger than 64 MiB"),
+    }
+    stem = lambda i: f"{30 + i}_0_0_{20170000000000000 + i}"  # noqa: E731
+    named = {f"{stem(i)}.{name.rsplit('.')[-1]}": data for i, (name, data) in enumerate(good.items())}
+    refused = {f"{stem(i + 20)}.{name.rsplit('.')[-1]}": pair for i, (name, pair) in enumerate(bad.items())}
+    for name in ("лицо.jpg", "30_0_0_2017\n0000.jpg", "../../etc/30_0_0.jpg", "30_0_0_1.jpg.exe"):
+        refused[name] = (jpeg, "malformed name")
+    return named, refused
+
+
+@pytest.mark.parametrize("form", ["folder", "tar.gz", "zip"])
+def test_bad_pictures_are_skipped_with_a_reason(tmp_path, cli, form):
+    good, bad = pictures()
+    contents = good | {name: data for name, (data, _) in bad.items()}
+    source = tmp_path / "in" / f"a.{form}"
+    source.parent.mkdir()
+    if form == "folder":
+        del contents["../../etc/30_0_0.jpg"], bad["../../etc/30_0_0.jpg"]
+        source.mkdir()
+        for name, data in contents.items():
+            (source / name).write_bytes(data)
+    elif form == "zip":
+        with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, data in contents.items():
+                packed.writestr(name, data)
+    else:
+        with tarfile.open(source, "w:gz", compresslevel=1) as packed:
+            for name, data in contents.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                packed.addfile(member, io.BytesIO(data))
+            link = tarfile.TarInfo("99_0_0_20170000000000099.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            packed.addfile(link)
+    out = tmp_path / "out"
+    code, printed, err = cli("masks", "--input", source, "--output", out, "--workers", 2)
+    assert code == 0 and err == ""
+    assert f"{len(contents)} files: {len(good)} pairs written" in printed and f"{len(bad)} skipped" in printed
+    with open(out / "skipped.csv", newline="", encoding="utf-8") as file:
+        reasons = {row["file"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons.keys() == bad.keys() and all(bad[name][1] in reason for name, reason in reasons.items())
+    for name in good:
+        image, mask = (
+            cv2.imread(str(out / f"{name.split('.')[0]}_{part}.png"), -1) for part in ("image", "mask")
+        )
+        side = (60, 80) if image.shape[0] == 60 else (80, 60)  # the one that EXIF turns
+        assert image.shape == (*side, 3) and mask.shape == side and image.std() > 10
+    assert sum(cv2.imread(str(path)).shape[0] == 60 for path in out.glob("*_image.png")) == 1
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_no_stage_decodes_a_huge_picture(tmp_path, refuse):
+    stem = noise_pairs(tmp_path / "d/train", [30, 50] * 8)[0]
+    Image.new("1", (20_000, 20_000)).save(tmp_path / f"d/train/{stem}_image.png")
+    flags = ["--data", tmp_path / "d", *TRAINING, "--out", tmp_path / "o.pt"]
+    refuse("pretrain", *flags, words=[stem, "20000x20000"])
+    refuse("split", "--input", tmp_path / "d/train", "--output", tmp_path / "s", words=[stem, "20000x20000"])
+    with pytest.raises(ValueError, match="pixels"):
+        decode_image((tmp_path / f"d/train/{stem}_image.png").read_bytes())
+
+
+def test_damaged_checkpoints_are_named(drawn, tmp_path, cli, refuse):
+    data = ["--data", drawn / "dataset/processed_split"]
+    good = tmp_path / "m.pt"
+    assert cli("finetune", *data, *TRAINING, "--epochs", 1, "--out", good)[0] == 0
+    content = torch.load(good, weights_only=True)
+    for key, value in (
+        ("weights", {"head.weight": 3}),
+        ("weights", {"head.weight": torch.zeros(2, 2)}),
+        ("weights", None),
+        ("config", [1]),
+        ("preprocessing", {"image_size": 33}),
+        ("train_hashes", "none"),
+    ):
+        torch.save(content | {key: value}, tmp_path / "bad.pt")
+        refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["bad.pt is damaged"])
+    state = torch.load(tmp_path / "m.last.pt", weights_only=True)
+    torch.save(state | {"model": {"head.weight": torch.zeros(1)}}, tmp_path / "m.last.pt")
+    refuse(
+        "finetune",
+        *data,
+        *TRAINING,
+        "--epochs",
+        1,
+        "--out",
+        good,
+        "--resume",
+        words=["m.last.pt does not fit"],
+    )
+
+
+def test_wrong_use_is_seen_before_any_work(drawn, tmp_path, refuse, monkeypatch):
+    def worked(*_, **__):
+        raise AssertionError("work has begun")
+
+    for module in ("pretrain", "finetune"):
+        monkeypatch.setattr(f"{module}.FaceDataset", worked)
+    (tmp_path / "file").write_text("in the way")
+    data = ["--data", drawn / "dataset/processed_split"]
+    for script in ("pretrain", "finetune"):
+        out = ["--out", tmp_path / "o.pt"]
+        for flag, value in (
+            ("--epochs", -3), ("--epochs", 0), ("--image-size", 100), ("--batch-size", 1), ("--lr", 0),
+            ("--batch-size", 10**6), ("--lr", "inf"), ("--weight-decay", -1), ("--workers", -1),
+            ("--device", "cuda:77"), ("--device", "toaster"), ("--precision", "fp8"), ("--seed", -1),
+            ("--save-every-steps", -1),
+        ):  # fmt: skip
+            refuse(script, *data, *TRAINING, *out, flag, value, words=[flag])
+        refuse(script, *data, *TRAINING, "--out", tmp_path / "file/o.pt", words=["--out", "file"])
+        refuse(script, *data, *TRAINING, "--out", tmp_path, words=["--out", "is a folder"])
+    refuse("pretrain", *data, "--temperature", 0, words=["--temperature"])
+    for script, flag in (("masks", "--output"), ("split", "--output"), ("synthesize", "--output")):
+        refuse(script, flag, tmp_path / "file/x", words=[flag, "file"])
+    refuse("evaluate", *data, "--out", tmp_path / "file/x", words=["--out", "file"])
+    assert os.listdir(tmp_path) == ["file"]
