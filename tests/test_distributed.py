@@ -125,4 +125,4 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 3)
     for size in (16, 3):
         with pytest.raises(common.UserError, match="--batch-size"):
-            common.train_loader(range(100), size, 0, 0, CPU)
+            common.check_batch_size(size, 100)

@@ -3,6 +3,8 @@
 import importlib
 import json
 
+import pytest
+
 from common import SCRIPTS, parse_args
 from conftest import ROOT, shell
 
@@ -10,7 +12,7 @@ from conftest import ROOT, shell
 def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
     small = ["--image-size", 64, "--batch-size", 32, "--device", "cpu"]
     chain = [
-        ("synthesize", ["--count", 600]),
+        ("synthesize", ["--count", 400]),
         ("masks", []),
         ("split", []),
         ("pretrain", ["--epochs", 1, *small]),
@@ -23,7 +25,7 @@ def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
                 "--init",
                 "contrastive.pt",
                 "--epochs",
-                6,
+                5,
                 *small,
             ],
         ),
@@ -34,7 +36,7 @@ def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stderr == "" and len(done.stdout.splitlines()) >= 1, done.stderr
     metrics = json.loads((tmp_path / "results/metrics.json").read_text())
-    assert metrics["n"] >= 100
+    assert metrics["n"] >= 70
     assert metrics["balanced_accuracy"]["ci95"][0] > 1 / 6  # chance
     assert metrics["mask_iou"]["value"] > 0.6
     assert metrics["seen_in_training"] == 0
@@ -42,13 +44,13 @@ def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
     assert (tmp_path / "dataset/processed/preview.png").stat().st_size > 10_000
 
 
-def test_help_explains_every_flag():
-    for script in SCRIPTS:
-        done = shell(script, "-h", cwd=ROOT)
-        assert done.returncode == 0 and f"python {script}.py" in done.stdout
-        for flag in ("--config", "--seed", "--workers", "--overwrite"):
-            assert flag in done.stdout
-        assert "default:" in done.stdout
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(cli, script):
+    code, printed, _ = cli(script, "-h")
+    assert code == 0 and f"python {script}.py" in printed
+    for action in importlib.import_module(script).get_parser()._actions:
+        assert action.help and all(option in printed for option in action.option_strings)
+    assert "default:" in printed
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):

@@ -40,9 +40,9 @@ def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkey
         accuracy, loss = next(scores)
         return {"val_loss": loss, "val_accuracy": accuracy, "val_mask_iou": None}
 
-    def train_one_epoch(model, *_):
+    def train_one_epoch(training, *_):
         with torch.no_grad():
-            model.head.weight += 1
+            training.model.head.weight += 1
         return torch.ones(2, 3)
 
     monkeypatch.setattr(finetune, "validate", scripted)

@@ -20,7 +20,7 @@ def test_writes_backbone_history_and_curves(drawn, tmp_path, cli, positives, epo
         "--out",
         out,
         "--epochs",
-        2,
+        epochs,
         "--positives",
         positives,
     ]
@@ -36,8 +36,9 @@ def test_writes_backbone_history_and_curves(drawn, tmp_path, cli, positives, epo
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
     losses = [float(row["loss"]) for row in rows]
-    assert 0 < losses[-1] < 1.25 * math.log(31)
-    assert epochs == 1 or losses[-1] < losses[0]
+    assert all(0 < loss < math.inf for loss in losses)
+    if positives == "view":
+        assert losses[-1] < losses[0] < 1.25 * math.log(31)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", "c.last.pt", "c.png", "c.pt"]
 
 
@@ -59,7 +60,7 @@ def test_bad_input(drawn, tmp_path, refuse):
     refuse("pretrain", *data, "--epochs", -1, words=["--epochs"])
     refuse("pretrain", *data, "--temperature", 0, words=["--temperature"])
     refuse("pretrain", *data, "--device", "cuda:99", words=["--device"])
-    refuse("pretrain", *data, "--init", "nowhere.pt", words=["nowhere.pt"])
+    refuse("pretrain", *data, *FAST, "--init", "nowhere.pt", words=["nowhere.pt"])
     refuse("pretrain", *data, "--resume", "--overwrite", words=["--resume", "--overwrite"])
     refuse("pretrain", "--data", tmp_path / "nowhere", "--out", tmp_path / "c.pt", words=["nowhere"])
     noise_pairs(tmp_path / "x" / "train", [3, 30])
