@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import finetune
 import masks
 import pretrain
+import split
 import synthesize
 from common import (
     CONTRASTIVE_VIEW,
@@ -59,7 +60,7 @@ from common import (
     train_one_epoch,
 )
 
-PARTS = ("training", "loss", "masks", "evaluate", "loader", "growth")
+PARTS = ("training", "loss", "masks", "split", "evaluate", "loader", "growth")
 GROWTH = (2000, 8000)  # faces, and then all there are
 
 
@@ -173,7 +174,7 @@ def measure_training(rows, folder, args, device, dtype, loader_only=False):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Loss, masks, evaluation
+# Loss, masks, split, evaluation
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +251,15 @@ def measure_masks(rows, folder, args, scratch):
     if args.workers > 1:
         many = f"{args.workers} cores"
         report(rows, "masks", f"{many} against 1", rates[many], "faces/s", rates["1 core"], "1 core")
+
+
+def measure_split(rows, args):
+    """Millions of pairs a second that the search for near-duplicates compares: N faces have N²/2."""
+    thumbnails = np.random.default_rng(0).normal(size=(8192, 1024)).astype(np.float32)
+    thumbnails /= np.linalg.norm(thumbnails, axis=1, keepdims=True)
+    work = {"near-duplicate search": lambda: split.find_near_duplicates(thumbnails, 0.98)}
+    for name, times in by_turns(work, args.repeats).items():
+        report(rows, "split", name, [len(thumbnails) ** 2 / 2e6 / time for time in times], "M pairs/s")
 
 
 def measure_evaluation(rows, folder, args, device, dtype):
@@ -332,7 +342,7 @@ def get_parser():
         "--data", help="folder of pairs written by masks.py; faces are drawn if none is named"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=PARTS, help="parts to measure; the first four if none is named"
+        "--only", nargs="+", choices=PARTS, help="parts to measure; the first five if none is named"
     )
     parser.add_argument("--faces", type=number(int, low=16), default=1024, help="faces to draw, an epoch")
     parser.add_argument("--batch-size", type=number(int, low=2), default=64, help="faces a step")
@@ -347,7 +357,7 @@ def main(args):
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
     args.workers = max(args.workers, 1)
-    parts = args.only or PARTS[:4]
+    parts = args.only or PARTS[:5]
     if args.json:
         check_writable("--json", Path(args.json).parent)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
@@ -359,7 +369,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         folder = Path(args.data) if args.data else scratch / "drawn"
-        if not args.data and {*parts} - {"loss", "growth"}:
+        if not args.data and {*parts} - {"loss", "split", "growth"}:
             draw_pairs(folder, args.faces, args.workers)
         for part in {*parts} & {"training", "loader"}:
             measure_training(rows, folder, args, device, dtype, loader_only=part == "loader")
@@ -367,6 +377,8 @@ def main(args):
             measure_loss(rows, args, device)
         if "masks" in parts:
             measure_masks(rows, folder, args, scratch)
+        if "split" in parts:
+            measure_split(rows, args)
         if "evaluate" in parts:
             measure_evaluation(rows, folder, args, device, dtype)
         if "growth" in parts:

@@ -29,7 +29,7 @@ def test_every_part_is_measured(tmp_path, cli):
     code, printed, _ = cli("benchmark", *FAST, "--json", tmp_path / "b.json")
     assert code == 0 and "| pretrain  | end to end" in printed
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert {row["part"] for row in rows} == {"pretrain", "finetune", "loss", "masks", "evaluate"}
+    assert {row["part"] for row in rows} == {"pretrain", "finetune", "loss", "masks", "split", "evaluate"}
     assert all(math.isfinite(row["rate"]) and row["rate"] > 0 for row in rows)
     rates = {(row["part"], row["name"]): row["rate"] for row in rows}
     for row in rows:

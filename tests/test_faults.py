@@ -60,7 +60,15 @@ def plan(total, kills, seed):
 
 @pytest.mark.parametrize("script, kind", [("pretrain", "contrastive"), ("finetune", "model")])
 def test_killed_training_ends_with_the_same_weights(drawn, tmp_path, script, kind):
-    flags = ["--data", drawn / "dataset/processed_split", *TRAINING, "--epochs", 2, "--save-every-steps", 2]
+    flags = [
+        "--data",
+        drawn / "dataset/processed_split",
+        *TRAINING,
+        "--epochs",
+        KILLS,
+        "--save-every-steps",
+        2,
+    ]
     flags += ["--multitask"] if script == "finetune" else []
     (tmp_path / "whole").mkdir()
     total = int(run_until(0, script, *flags, "--out", "o.pt", cwd=tmp_path / "whole")[1].splitlines()[-1])
