@@ -25,7 +25,7 @@ def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
                 "--init",
                 "contrastive.pt",
                 "--epochs",
-                5,
+                4,
                 *small,
             ],
         ),

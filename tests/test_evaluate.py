@@ -83,7 +83,7 @@ def test_one_class_alone_has_no_auc():
 def test_bootstrap_interval_covers_the_accuracy_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
-    for trial in range(60):
+    for trial in range(40):
         truth = rng.integers(6, size=150)
         wrong = rng.random(150) > 0.7
         predicted = np.where(wrong, (truth + 1) % 6, truth)
@@ -91,11 +91,11 @@ def test_bootstrap_interval_covers_the_accuracy_as_often_as_it_says():
             torch.eye(6)[torch.from_numpy(predicted)],
             torch.from_numpy(truth),
             np.arange(150),
-            resamples=80,
+            resamples=60,
             seed=trial,
         )["accuracy"]
         covered += low <= 0.7 <= high
-    assert 50 <= covered <= 60
+    assert 33 <= covered <= 40
 
 
 def test_bootstrap_draws_near_duplicates_together():

@@ -105,15 +105,13 @@ def test_init_from_contrastive_says_what_was_loaded(drawn, tmp_path, cli, refuse
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune"])
-def test_resume_ends_with_the_same_weights(drawn, tmp_path, cli, monkeypatch, script):
+def test_resume_ends_with_the_same_weights(drawn, tmp_path, cli, monkeypatch):
     """A run stopped in its second epoch and resumed, with other workers, equals one never stopped."""
     flags = ["--data", drawn / "dataset/processed_split", "--epochs", 2, *FAST]
-    flags += ["--multitask", "--lr-strategy", "differentiated"] if script == "finetune" else []
-    assert cli(script, *flags, "--out", tmp_path / "whole.pt")[0] == 0
+    flags += ["--multitask", "--lr-strategy", "differentiated"]
+    assert cli("finetune", *flags, "--out", tmp_path / "whole.pt")[0] == 0
 
-    module = __import__(script)
-    train, calls = module.train_one_epoch, []
+    train, calls = finetune.train_one_epoch, []
 
     def stop_in_second(*args):
         calls.append(1)
@@ -121,24 +119,23 @@ def test_resume_ends_with_the_same_weights(drawn, tmp_path, cli, monkeypatch, sc
             raise KeyboardInterrupt
         return train(*args)
 
-    monkeypatch.setattr(module, "train_one_epoch", stop_in_second)
+    monkeypatch.setattr(finetune, "train_one_epoch", stop_in_second)
     out = tmp_path / "cut.pt"
-    assert cli(script, *flags, "--out", out)[0] == 130
-    monkeypatch.setattr(module, "train_one_epoch", train)
-    code, _, err = cli(script, *flags, "--out", out)
+    assert cli("finetune", *flags, "--out", out)[0] == 130
+    monkeypatch.setattr(finetune, "train_one_epoch", train)
+    code, _, err = cli("finetune", *flags, "--out", out)
     assert code == 2 and "--resume" in err and "--overwrite" in err
-    code, printed, _ = cli(script, *flags, "--out", out, "--resume", "--workers", 2)
+    code, printed, _ = cli("finetune", *flags, "--out", out, "--resume", "--workers", 2)
     assert code == 0 and "resumed" in printed and "epoch 1" in printed
-    kind = "model" if script == "finetune" else "contrastive"
-    whole, cut = (load_checkpoint(tmp_path / f"{name}.pt", kind)["weights"] for name in ("whole", "cut"))
+    whole, cut = (load_checkpoint(tmp_path / f"{name}.pt", "model")["weights"] for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
     rows = [history(tmp_path / f"{name}.csv") for name in ("whole", "cut")]
     assert [{**row, "seconds": ""} for row in rows[0]] == [{**row, "seconds": ""} for row in rows[1]]
 
     before = out.read_bytes()
-    code, printed, _ = cli(script, *flags, "--out", out, "--resume")  # finished: nothing changes
+    code, printed, _ = cli("finetune", *flags, "--out", out, "--resume")  # finished: nothing changes
     assert code == 0 and out.read_bytes() == before
-    code, _, err = cli(script, *flags, "--out", out, "--epochs", 3)
+    code, _, err = cli("finetune", *flags, "--out", out, "--epochs", 3)
     assert code == 2 and "--epochs" in err and "--overwrite" in err
 
 
