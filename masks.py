@@ -173,24 +173,37 @@ MAX_BYTES = 64 * 2**20  # of one file: an archive may say less than it unpacks t
 MIN_SIDE = 16  # pixels
 
 
+def read_alone(read: Callable, *args) -> bytes:
+    """What `read` returns of a file whose damage is its own: in a folder or a .zip, not in a .tar.gz."""
+    try:
+        return read(*args)
+    except (OSError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
 def read_files(source: Path, output: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     """Yields name, size, reader of each file in a folder (but for the output's) or archive, in a fixed order.
 
-    Nothing is unpacked: call a reader before asking for the next file. UserError if there is no source.
+    Nothing is unpacked: call a reader before asking for the next file; it raises ValueError for a file that
+    cannot be read though others can. UserError if there is no source.
     """
     if source.is_dir():
         root, output = source.resolve(), output.resolve()
         own = output if root in output.parents else None
         for path in sorted(root.rglob("*")):
             if path.is_file() and own not in path.parents:
-                yield path.relative_to(root).as_posix(), path.stat().st_size, path.read_bytes
+                yield (
+                    path.relative_to(root).as_posix(),
+                    path.stat().st_size,
+                    partial(read_alone, path.read_bytes),
+                )
     elif not source.is_file():
         raise UserError(f"--input {source} does not exist: name a folder, .tar.gz or .zip of UTKFace's faces")
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
                 if not member.is_dir():
-                    yield member.filename, member.file_size, partial(archive.read, member)
+                    yield member.filename, member.file_size, partial(read_alone, archive.read, member)
     else:
         with tarfile.open(source) as archive:
             for member in archive:
@@ -245,7 +258,12 @@ def write_pairs(args, parse: Callable[[np.ndarray], np.ndarray]) -> tuple[int, i
                     elif {f"{face.stem}_image.png", f"{face.stem}_mask.png"} <= there:
                         found += 1
                     else:
-                        pending.append((name, pool.submit(write_pair, read(), face.stem, output, parse)))
+                        try:
+                            data = read()
+                        except ValueError as error:
+                            skip(name, str(error))
+                            continue
+                        pending.append((name, pool.submit(write_pair, data, face.stem, output, parse)))
                 if len(pending) > 16 * workers:  # an archive need not fit in memory
                     written += finish_oldest()
             while pending:

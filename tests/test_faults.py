@@ -296,6 +296,19 @@ def test_bad_pictures_are_skipped_with_a_reason(tmp_path, cli, form):
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
+def test_one_damaged_member_of_a_zip_does_not_stop_the_others(tmp_path, cli):
+    contents = list(pictures()[0].items())[:3]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        for name, data in contents:
+            packed.writestr(name, data)
+    whole = (tmp_path / "a.zip").read_bytes()
+    middle = whole.index(contents[1][1]) + len(contents[1][1]) // 2
+    (tmp_path / "a.zip").write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    code, printed, _ = cli("masks", "--input", tmp_path / "a.zip", "--output", tmp_path / "out")
+    assert code == 0 and "3 files: 2 pairs written" in printed and "1 skipped" in printed
+    assert f"{contents[1][0]},cannot be read: Bad CRC" in (tmp_path / "out/skipped.csv").read_text()
+
+
 def test_no_stage_decodes_a_huge_picture(tmp_path, refuse):
     stem = noise_pairs(tmp_path / "d/train", [30, 50] * 8)[0]
     Image.new("1", (20_000, 20_000)).save(tmp_path / f"d/train/{stem}_image.png")
