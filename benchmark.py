@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 import tarfile
@@ -54,6 +55,7 @@ from common import (
     run,
     script_parser,
     start_training,
+    terminate,
     to_device,
     to_input,
     train_loader,
@@ -133,6 +135,7 @@ def measure_training(rows, folder, args, device, dtype, loader_only=False):
         settings = Namespace(**vars(args), lr=1e-4, epochs=1000, save_every_steps=0)
         groups = build_param_groups(model, settings.lr)
         training = start_training(settings, stage, model, groups, dataset, device, None, torch.empty(0))
+        signal.signal(signal.SIGTERM, terminate)  # at once: there is nothing to save
         loader, scaler, optimizer = training.loader, training.scaler, training.optimizer
         batch = to_device(next(iter(alone)), dataset, device, (0,))
 

@@ -306,7 +306,7 @@ def atomic_path(path: str | Path, sync: bool = False):
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(
-                f"{path} cannot be written ({error.strerror}): make room, or name another place"
+                f"{path} cannot be written ({error.strerror or error}): make room, or name another place"
             ) from None
         raise
 
@@ -407,9 +407,8 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name} is not available on this machine: try auto or cpu") from None
-    if (
-        device.type == "cuda"
-    ):  # TF32 where a product stays in float32; convolutions tuned to the one image size
+    if device.type == "cuda":
+        # TF32 where a product stays in float32; convolutions tuned to the one image size.
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     return device
@@ -842,8 +841,7 @@ def to_device(batch: dict, dataset: FaceDataset, device: torch.device, key: tupl
             dataset.image_size,
             torch.Generator().manual_seed(seed),
         )
-        batch |= {"image": images} if masks is None else {"image": images, "mask": masks}
-        batch["image"] = normalize(images)
+        batch |= {"image": normalize(images)} | ({} if masks is None else {"mask": masks})
     else:
         batch["image"] = to_input(batch["image"], device)
     if "mask" in batch:
@@ -1272,7 +1270,8 @@ def load_checkpoint(path: str | Path, kinds: str | tuple[str, ...]) -> dict:
     wrong = [key for key, kind in types.items() if not isinstance(checkpoint.get(key), kind)]
     if not wrong and checkpoint["preprocessing"].get("image_size") not in range(32, 4097, 32):
         wrong = ["preprocessing"]
-    if not wrong and not all(isinstance(value, Tensor) for value in checkpoint.get("weights", {}).values()):
+    weights = {} if wrong else checkpoint.get("weights", {})
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         wrong = ["weights"]
     if wrong:
         raise UserError(

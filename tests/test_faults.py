@@ -327,6 +327,7 @@ def test_damaged_checkpoints_are_named(drawn, tmp_path, cli, refuse):
     for key, value in (
         ("weights", {"head.weight": 3}),
         ("weights", {"head.weight": torch.zeros(2, 2)}),
+        ("weights", {3: torch.zeros(1)}),
         ("weights", None),
         ("config", [1]),
         ("preprocessing", {"image_size": 33}),
