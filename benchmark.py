@@ -134,7 +134,7 @@ def measure_training(rows, folder, args, device, dtype, loader_only=False):
         alone = train_loader(dataset, args.batch_size, 0, 0, device)
         settings = Namespace(**vars(args), lr=1e-4, epochs=1000, save_every_steps=0)
         groups = build_param_groups(model, settings.lr)
-        training = start_training(settings, stage, model, groups, dataset, device, None, torch.empty(0))
+        training = start_training(settings, stage, model, groups, dataset, device, None, (torch.empty(0), {}))
         signal.signal(signal.SIGTERM, terminate)  # at once: there is nothing to save
         loader, scaler, optimizer = training.loader, training.scaler, training.optimizer
         batch = to_device(next(iter(alone)), dataset, device, (0,))

@@ -85,7 +85,7 @@ def age_to_group(ages):
 # Errors, flags and configuration
 # ------------------------------------------------------------------------------------------------------------
 
-SCRIPTS = ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate", "benchmark")
+SCRIPTS = ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate", "table", "benchmark")
 
 
 class UserError(Exception):
@@ -935,18 +935,19 @@ def mask_overlap(predicted: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([iou, 2 * iou / (1 + iou)], dim=1)
 
 
-def init_backbone(backbone: nn.Module, init: str) -> Tensor:
+def init_backbone(backbone: nn.Module, init: str) -> tuple[Tensor, dict]:
     """Loads `init` (random, imagenet, or a checkpoint file) into a backbone, and prints what was loaded.
 
-    Returns the hashes int64 (M,) of the faces that those weights have seen.
+    Returns the hashes int64 (M,) of the faces that those weights have seen, and the settings that a
+    checkpoint was trained with, {} for the others.
 
     Raises UserError if the ImageNet weights cannot be had, or if the file is no checkpoint or nothing in it
     fits.
     """
-    seen = torch.empty(0, dtype=torch.int64)
+    seen, pretraining = torch.empty(0, dtype=torch.int64), {}
     if init == "random":
         print("backbone starts from random weights")
-        return seen
+        return seen, pretraining
     if init == "imagenet":
         try:
             weights = ResNet18_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True)
@@ -958,7 +959,7 @@ def init_backbone(backbone: nn.Module, init: str) -> Tensor:
     else:
         checkpoint = load_checkpoint(init, ("contrastive", "model"))
         weights = {key.removeprefix("backbone."): value for key, value in checkpoint["weights"].items()}
-        seen = checkpoint["train_hashes"]
+        seen, pretraining = checkpoint["train_hashes"], checkpoint["config"]
     own = backbone.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
     if not fitting:
@@ -967,7 +968,7 @@ def init_backbone(backbone: nn.Module, init: str) -> Tensor:
     left_out = sorted({key.split(".")[0] for key in weights.keys() - fitting.keys()})
     line = f"backbone: {len(fitting)} of {len(own)} tensors loaded from {init}"
     print(line + (f"; not loaded: {', '.join(left_out)}" if left_out else "") + "; heads start fresh")
-    return seen
+    return seen, pretraining
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1092,13 +1093,14 @@ LOOK_EVERY = 50  # steps between looks at the loss: each waits for the device
 
 def start_training(
     args: argparse.Namespace, kind: str, model: nn.Module, groups: list[dict], dataset: FaceDataset,
-    device: torch.device, state: dict | None, seen: Tensor | None,
+    device: torch.device, state: dict | None, start: tuple[Tensor, dict] | None,
 ) -> SimpleNamespace:  # fmt: skip
     """Everything that a run of training consists of, at its beginning or as `state` (a `.last.pt`) has it.
 
     Where it stands is in `epoch` and `step`, those that are done; `losses` of this epoch so far; `history`, a
     row an epoch; `best`, for finetune.py; `seen`, the hashes int64 (M,) of all faces that the weights have
-    learned from. From here on SIGTERM waits until a step is done: see `train_one_epoch`.
+    learned from, and `pretraining`: `start` is what `init_backbone` returned. From here on SIGTERM waits
+    until a step is done: see `train_one_epoch`.
     """
     hashes = torch.from_numpy(dataset.hashes)
     loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
@@ -1109,9 +1111,10 @@ def start_training(
         args=args, kind=kind, model=model, network=network, loader=loader, device=device, dtype=dtype,
         optimizer=optimizer, schedule=warmup_cosine(optimizer, args.epochs * len(loader)),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), hashes=hashes,
-        epoch=0, step=0, losses=[], history=[], best=None, seen=None, stop=False,
+        epoch=0, step=0, losses=[], history=[], best=None, seen=None, pretraining=None, stop=False,
     )  # fmt: skip
     if state is None:
+        seen, training.pretraining = start
         training.seen = torch.cat([seen, hashes]).unique()
     else:
         last = last_path(args.out)
@@ -1133,8 +1136,7 @@ def start_training(
 
 
 PARTS_WITH_STATE = ("model", "optimizer", "schedule", "scaler")
-PLACE = ("epoch", "step", "losses", "history", "best", "seen")
-LOOK_EVERY = 50  # steps between looks at the loss: each waits for the device
+PLACE = ("epoch", "step", "losses", "history", "best", "seen", "pretraining")
 
 
 def train_one_epoch(training: SimpleNamespace, compute_losses) -> Tensor:
@@ -1220,14 +1222,15 @@ def save_training(training: SimpleNamespace):
 # Checkpoints and the files beside them
 # ------------------------------------------------------------------------------------------------------------
 
-FORMAT_VERSION = 1
-WEIGHTS = {"weights": dict, "train_hashes": Tensor}
+FORMAT_VERSION = 2
+WEIGHTS = {"weights": dict, "train_hashes": Tensor, "pretraining": dict}
 RUN = {
     "epoch": int,
     "step": int,
     "losses": list,
     "history": list,
     "seen": Tensor,
+    "pretraining": dict,
     "hashes": Tensor,
     "rng": Tensor,
 }

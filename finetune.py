@@ -74,6 +74,7 @@ def save_best(training):
     save_checkpoint(
         training.args.out, "model", training.args,
         weights=best["weights"], epoch=best["epoch"], val=best["figures"], train_hashes=training.seen,
+        pretraining=training.pretraining,
     )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def main(args):
 
     set_seed(args.seed)
     model = MultitaskResNet18(len(GROUP_NAMES), args.multitask)
-    seen = None if state else init_backbone(model.backbone, args.init)
+    start = None if state else init_backbone(model.backbone, args.init)
     train, val = (
         FaceDataset(
             Path(args.data) / split, args.image_size, view, with_masks=args.multitask, seed=args.seed,
@@ -126,7 +127,7 @@ def main(args):
         for split, view in (("train", SUPERVISED_VIEW), ("val", None))
     )  # fmt: skip
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
-    training = start_training(args, "model", model, groups, train, device, state, seen)
+    training = start_training(args, "model", model, groups, train, device, state, start)
 
     for epoch in range(training.epoch, args.epochs):
         began, begun = time.perf_counter(), training.step

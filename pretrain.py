@@ -113,13 +113,13 @@ def main(args):
 
     set_seed(args.seed)
     model = ContrastiveResNet18()
-    seen = None if state else init_backbone(model.backbone, args.init)
+    start = None if state else init_backbone(model.backbone, args.init)
     dataset = FaceDataset(
         train, args.image_size, CONTRASTIVE_VIEW, views=2, with_masks=False,
         seed=args.seed, workers=args.workers, on_device=device.type == "cuda",
     )  # fmt: skip
     groups = build_param_groups(model, args.lr, weight_decay=args.weight_decay)
-    training = start_training(args, "contrastive", model, groups, dataset, device, state, seen)
+    training = start_training(args, "contrastive", model, groups, dataset, device, state, start)
 
     for epoch in range(training.epoch, args.epochs):
         began, begun = time.perf_counter(), training.step
@@ -135,7 +135,10 @@ def main(args):
     if rank():
         return
     weights = {f"backbone.{key}": value.cpu() for key, value in model.backbone.state_dict().items()}
-    save_checkpoint(args.out, "contrastive", args, weights=weights, train_hashes=training.seen)
+    save_checkpoint(
+        args.out, "contrastive", args,
+        weights=weights, train_hashes=training.seen, pretraining=training.pretraining,
+    )  # fmt: skip
     write_csv(Path(args.out).with_suffix(".csv"), training.history)
     panels = {"contrastive loss": ["loss"], "learning rate": ["lr"]}
     plot_history(Path(args.out).with_suffix(".png"), training.history, panels)

@@ -548,7 +548,7 @@ def test_imagenet_weights_are_loaded(monkeypatch, capsys):
     weights = common.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
     backbone = MultitaskResNet18().backbone
-    seen = common.init_backbone(backbone, "imagenet")
+    seen, pretraining = common.init_backbone(backbone, "imagenet")
     line = capsys.readouterr().out
     assert torch.equal(backbone.conv1.weight, weights["conv1.weight"])
-    assert "120 of 120" in line and "not loaded: fc" in line and len(seen) == 0
+    assert "120 of 120" in line and "not loaded: fc" in line and len(seen) == 0 and pretraining == {}
