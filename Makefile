@@ -1,5 +1,7 @@
 # make run                            the five stages on drawn faces, at CPU size, in runs/synthetic
 # make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
+# make table DATA=path/UTKFace.tar.gz every row of the results table, in runs/utkface; wants a GPU. At CPU size:
+#                                     make table DATA=... FLAGS='--config $(CURDIR)/configs/table_small.yaml'
 # make test                           the test suite
 # make soak                           the suite's kills, 24 of them
 # Each makes its own .venv first. PYTHON=python3.12 picks another interpreter, for the first time.
@@ -10,17 +12,22 @@ RUN_DIR := $(CURDIR)/runs/$(if $(DATA),utkface,synthetic)
 SCRIPT = cd $(RUN_DIR) && $(BIN)/python $(CURDIR)
 CONFIG := --config $(CURDIR)/configs/quickstart.yaml
 
-.PHONY: run test soak
+.PHONY: data run table test soak
 
-run: .venv/run-installed
+data: .venv/run-installed
 	mkdir -p $(RUN_DIR)
 	$(if $(DATA),,$(SCRIPT)/synthesize.py $(CONFIG))
 	$(SCRIPT)/masks.py $(CONFIG) $(if $(DATA),--input $(abspath $(DATA)))
 	$(SCRIPT)/split.py $(CONFIG)
+
+run: data
 	$(SCRIPT)/pretrain.py $(CONFIG) --resume
 	$(SCRIPT)/finetune.py $(CONFIG) --resume
 	$(SCRIPT)/evaluate.py $(CONFIG)
-	@echo "Look at $(RUN_DIR): dataset/processed/preview.png, contrastive.png, model.png, results/confusion_matrix.png"
+	@echo "Look at $(RUN_DIR): dataset/processed/preview.png, contrastive.png, model.png, results/*.png"
+
+table: data
+	$(SCRIPT)/table.py $(FLAGS)
 
 test: .venv/test-installed
 	$(BIN)/python -m pytest -q tests
