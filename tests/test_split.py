@@ -57,6 +57,18 @@ def test_planted_copies_do_not_leak(tmp_path, cli):
     assert len(conflicts) == 3 * len(families)
 
 
+def test_a_random_split_leaks_and_says_so(tmp_path, cli):
+    source, target = tmp_path / "processed", tmp_path / "split"
+    families = plant_copies(source, noise_pairs(source, AGES)[::3])
+    code, out, _ = cli("split", "--input", source, "--output", target, "--random")
+    assert code == 0 and "may straddle" in out
+    rows = {row["file"].removesuffix("_image.png"): row for row in read(target / "split.csv")}
+    straddling = [family for family in families if len({rows[stem]["split"] for stem in family}) > 1]
+    assert len(straddling) > len(families) / 4
+    for family in families:  # still named, so that evaluate.py can tell
+        assert sum(rows[stem]["duplicate_of"] == f"{min(family)}_image.png" for stem in family) == 2
+
+
 def test_every_pair_lands_in_exactly_one_split(tmp_path, cli):
     source, target = tmp_path / "processed", tmp_path / "split"
     stems = noise_pairs(source, AGES)
