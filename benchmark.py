@@ -116,7 +116,9 @@ def draw_pairs(folder: Path, count: int, workers: int):
 
 def measure_training(rows, folder, args, device, dtype, loader_only=False):
     """Faces a second of both training stages, end to end and of each half alone (or of the loader only)."""
-    objective = Namespace(positives="view", temperature=0.07, sigma=0.5)
+    objective = Namespace(
+        positives="view", temperature=0.07, sigma=0.5, mask_weight=0.5, age_sigma=0, mixup=0
+    )  # fmt: skip
     for stage, view, views, model, losses in (
         (
             "pretrain", CONTRASTIVE_VIEW, 2, pretrain.ContrastiveResNet18(),
@@ -124,7 +126,7 @@ def measure_training(rows, folder, args, device, dtype, loader_only=False):
         ),
         (
             "finetune", SUPERVISED_VIEW, 1, MultitaskResNet18(),
-            partial(finetune.multitask_losses, mask_weight=0.5),
+            partial(finetune.multitask_losses, args=objective),
         ),
     ):  # fmt: skip
         dataset = FaceDataset(

@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.models import ResNet18_Weights, resnet18
 from tqdm import tqdm
@@ -875,30 +876,79 @@ class MaskDecoder(nn.Module):
 
 
 class MultitaskResNet18(nn.Module):
-    """ResNet18 (torchvision) with a head for age groups and, if `multitask`, a decoder for the face mask."""
+    """ResNet18 (torchvision) with a head for age groups and, if `multitask`, a decoder for the face mask.
 
-    def __init__(self, num_groups: int = 6, multitask: bool = True):
+    by_year: the head tells `YEARS` single years, and forward sums them into the groups (num_groups is then
+    the 6 of `AGE_GROUPS`). flip_averaging: in eval mode, the mean over each image and its mirror image.
+    """
+
+    def __init__(
+        self,
+        num_groups: int = 6,
+        multitask: bool = True,
+        by_year: bool = False,
+        flip_averaging: bool = False,
+    ):
         super().__init__()
         self.backbone = resnet18()
         self.backbone.fc = nn.Identity()  # the backbone alone gives B×512 features
-        self.head = nn.Linear(512, num_groups)
+        self.head = nn.Linear(512, YEARS if by_year else num_groups)
         self.decoder = MaskDecoder() if multitask else None
+        self.by_year, self.flip_averaging = by_year, flip_averaging
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, images: Tensor, years: bool = False) -> tuple[Tensor, Tensor | None]:
         """Normalised images (B, 3, H, W) → group logits (B, 6), mask logits (B, 1, H, W) or None.
 
-        Raises ValueError if there is a decoder and H or W is no multiple of 32.
+        years: the logits of single years (B, YEARS) instead, from a model `by_year` in training. Raises
+        ValueError if there is a decoder and H or W is no multiple of 32.
         """
         if self.decoder is not None and (images.shape[-2] % 32 or images.shape[-1] % 32):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(images.shape[-2:])}")
+        if not self.flip_averaging or self.training:
+            logits, mask_logits = self.forward_once(images)
+            return (group_logits(logits) if self.by_year and not years else logits), mask_logits
+        logits, mask_logits = self.forward_once(torch.cat([images, images.flip(-1)]))  # 2B×…
+        logits = group_logits(logits) if self.by_year else logits  # 2B×6
+        probabilities = logits.float().softmax(dim=1).unflatten(0, (2, -1))  # 2×B×6
+        if mask_logits is not None:
+            upright, mirrored = mask_logits.chunk(2)
+            mask_logits = (upright + mirrored.flip(-1)) / 2  # B×1×H×W
+        return probabilities.mean(dim=0).clamp(min=1e-12).log(), mask_logits
+
+    def forward_once(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The head's logits (B, 6), or (B, YEARS) if `by_year`, and mask logits (B, 1, H, W) or None."""
         net = self.backbone
         maps = [net.relu(net.bn1(net.conv1(images)))]  # B×64×H/2×W/2
         x = net.maxpool(maps[0])  # B×64×H/4×W/4
         for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
             x = layer(x)
             maps.append(x)  # strides 4, 8, 16, 32 with 64, 128, 256, 512 channels
-        logits = self.head(net.avgpool(x).flatten(1))  # B×6
+        logits = self.head(net.avgpool(x).flatten(1))  # B×6 or B×YEARS
         return logits, None if self.decoder is None else self.decoder(maps)
+
+
+def make_model(settings: dict) -> MultitaskResNet18:
+    """The model, still untrained, that the settings of finetune.py ask for; one that is missing is off."""
+    return MultitaskResNet18(
+        len(GROUP_NAMES),
+        multitask=bool(settings.get("multitask")),
+        by_year=bool(settings.get("age_sigma")),
+        flip_averaging=bool(settings.get("flip_averaging")),
+    )
+
+
+def load_model(path: str | Path, device: torch.device) -> tuple[MultitaskResNet18, dict]:
+    """The model of a checkpoint that finetune.py wrote, in eval mode on `device`, and the checkpoint.
+
+    Raises UserError if the file is missing or anything else, or if its weights do not fit.
+    """
+    checkpoint = load_checkpoint(path, "model")
+    model = make_model(checkpoint["config"])
+    try:
+        model.load_state_dict(checkpoint["weights"])
+    except RuntimeError:
+        raise UserError(f"{path} is damaged: its weights do not fit the model; train again") from None
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
 @torch.inference_mode()
@@ -1023,6 +1073,25 @@ def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sig
     return losses.sum() / torch.where(anchors > 0, anchors, 1)
 
 
+YEARS = 101  # 0 to 99 and "100 or more"
+GROUP_SIZES = [min(last, YEARS - 1) + 1 - first for first, last in AGE_GROUPS.values()]
+
+
+def group_logits(logits: Tensor) -> Tensor:
+    """Logits of years (B, YEARS) → of the age groups (B, 6), so that a group has its years' probability."""
+    return torch.stack([part.logsumexp(dim=1) for part in logits.float().split(GROUP_SIZES, dim=1)], dim=1)
+
+
+def soft_age_labels(ages: Tensor, sigma: float) -> Tensor:
+    """Ages (B,) in years → probabilities (B, YEARS), a normal bell of `sigma` years around each.
+
+    Soft labels as in Gao et al. 2018, section 3.1; what lies beyond 0 or 100 years is left out of the sum.
+    """
+    years = torch.arange(YEARS, device=ages.device)
+    distance = years - ages.clamp(max=YEARS - 1)[:, None]  # B×YEARS
+    return (-((distance / sigma) ** 2) / 2).softmax(dim=1)
+
+
 def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice (per image, then mean) for a one-channel mask.
 
@@ -1098,9 +1167,9 @@ def start_training(
     """Everything that a run of training consists of, at its beginning or as `state` (a `.last.pt`) has it.
 
     Where it stands is in `epoch` and `step`, those that are done; `losses` of this epoch so far; `history`, a
-    row an epoch; `best`, for finetune.py; `seen`, the hashes int64 (M,) of all faces that the weights have
-    learned from, and `pretraining`: `start` is what `init_backbone` returned. From here on SIGTERM waits
-    until a step is done: see `train_one_epoch`.
+    row an epoch; `average`, of the weights, with --ema; `best`, for finetune.py; `seen`, the hashes int64
+    (M,) of all faces that the weights have learned from, and `pretraining`: `start` is what `init_backbone`
+    returned. From here on SIGTERM waits until a step is done: see `train_one_epoch`.
     """
     hashes = torch.from_numpy(dataset.hashes)
     loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
@@ -1112,7 +1181,15 @@ def start_training(
         optimizer=optimizer, schedule=warmup_cosine(optimizer, args.epochs * len(loader)),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), hashes=hashes,
         epoch=0, step=0, losses=[], history=[], best=None, seen=None, pretraining=None, stop=False,
+        average=None,
     )  # fmt: skip
+    if vars(args).get("ema"):
+        # Early on the average would be of weights that have hardly begun to learn: it starts short.
+        def update(averaged, current, count):
+            done = training.epoch * len(loader) + training.step
+            get_ema_multi_avg_fn(min(args.ema, done / (10 + done)))(averaged, current, count)
+
+        training.average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     if state is None:
         seen, training.pretraining = start
         training.seen = torch.cat([seen, hashes]).unique()
@@ -1123,7 +1200,7 @@ def start_training(
                 f"{last} learned from other faces than {args.data} holds: --overwrite starts again"
             )
         try:
-            for name in PARTS_WITH_STATE:
+            for name in parts_with_state(training):
                 getattr(training, name).load_state_dict(state[name])
             torch.set_rng_state(state["rng"])
         except (RuntimeError, ValueError, KeyError, TypeError):
@@ -1135,7 +1212,11 @@ def start_training(
     return training
 
 
-PARTS_WITH_STATE = ("model", "optimizer", "schedule", "scaler")
+def parts_with_state(training: SimpleNamespace) -> list[str]:
+    parts = ("model", "average", "optimizer", "schedule", "scaler")
+    return [name for name in parts if getattr(training, name) is not None]
+
+
 PLACE = ("epoch", "step", "losses", "history", "best", "seen", "pretraining")
 
 
@@ -1161,6 +1242,8 @@ def train_one_epoch(training: SimpleNamespace, compute_losses) -> Tensor:
         t.scaler.update()
         t.optimizer.zero_grad()
         t.step += 1
+        if t.average is not None:
+            t.average.update_parameters(t.model)
         recent.append(losses.detach())
         stop = t.stop
         saves = stop or (bool(args.save_every_steps) and t.step % args.save_every_steps == 0)
@@ -1209,7 +1292,7 @@ def save_training(training: SimpleNamespace):
     """Writes `.last.pt`, for --resume; then stops if SIGTERM asked for it."""
     t, args = training, training.args
     if not rank():
-        state = {name: getattr(t, name).state_dict() for name in PARTS_WITH_STATE}
+        state = {name: getattr(t, name).state_dict() for name in parts_with_state(t)}
         state |= {name: getattr(t, name) for name in (*PLACE, "hashes")} | {"rng": torch.get_rng_state()}
         save_checkpoint(last_path(args.out), f"{t.kind}.last", args, **state)
     if t.stop:

@@ -27,7 +27,6 @@ from common import (
     CONTENT,
     GROUP_NAMES,
     FaceDataset,
-    MultitaskResNet18,
     UserError,
     add_device_flags,
     atomic_path,
@@ -35,6 +34,7 @@ from common import (
     choose_device,
     choose_precision,
     load_checkpoint,
+    load_model,
     predict_dataset,
     progress,
     read_image,
@@ -78,17 +78,6 @@ COMPARED = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro")
 # ------------------------------------------------------------------------------------------------------------
 # Scores
 # ------------------------------------------------------------------------------------------------------------
-
-
-def load_model(path, device):
-    """The model of a checkpoint written by finetune.py, in eval mode, and the checkpoint itself."""
-    checkpoint = load_checkpoint(path, "model")
-    model = MultitaskResNet18(len(GROUP_NAMES), checkpoint["config"].get("multitask"))
-    try:
-        model.load_state_dict(checkpoint["weights"])
-    except RuntimeError:
-        raise UserError(f"{path} is damaged: its weights do not fit the model; train again") from None
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
 def read_split_table(data, files):

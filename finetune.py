@@ -21,7 +21,6 @@ from common import (
     GROUP_NAMES,
     SUPERVISED_VIEW,
     FaceDataset,
-    MultitaskResNet18,
     UserError,
     add_training_flags,
     age_to_group,
@@ -33,6 +32,7 @@ from common import (
     init_backbone,
     join_processes,
     list_pairs,
+    make_model,
     mask_loss,
     number,
     open_run,
@@ -43,18 +43,34 @@ from common import (
     save_checkpoint,
     script_parser,
     set_seed,
+    soft_age_labels,
     start_training,
     train_one_epoch,
     write_csv,
 )
 
 
-def multitask_losses(model, batch, mask_weight):
-    """Total, group and mask loss of a batch: (3,). Without a decoder the mask loss is 0."""
-    logits, mask_logits = model(batch["image"])  # B×3×H×W → B×6, B×1×H×W
-    group_loss = F.cross_entropy(logits.float(), batch["group"])
-    face_loss = torch.zeros_like(group_loss) if mask_logits is None else mask_loss(mask_logits, batch["mask"])
-    return torch.stack([group_loss + mask_weight * face_loss, group_loss, face_loss])
+def multitask_losses(model, batch, args):
+    """Total, age and mask loss of a batch: (3,). Without a decoder the mask loss is 0.
+
+    The age loss is the cross-entropy of groups or, with --age-sigma, of years with soft labels. With --mixup
+    all of it is learned on blends of two faces (Zhang et al. 2018).
+    """
+    images, masks = batch["image"], batch.get("mask")
+    if args.age_sigma:
+        targets = soft_age_labels(batch["age"], args.age_sigma)  # B×YEARS
+    else:
+        targets = F.one_hot(batch["group"], len(GROUP_NAMES)).float()  # B×6
+    if args.mixup:
+        share = torch.distributions.Beta(args.mixup, args.mixup).sample().item()
+        images, targets, masks = (
+            None if part is None else share * part + (1 - share) * part.flip(0)
+            for part in (images, targets, masks)
+        )
+    logits, mask_logits = model(images, years=bool(args.age_sigma))  # B×6 or B×YEARS, B×1×H×W
+    age_loss = F.cross_entropy(logits.float(), targets)
+    face_loss = torch.zeros_like(age_loss) if mask_logits is None else mask_loss(mask_logits, masks)
+    return torch.stack([age_loss + args.mask_weight * face_loss, age_loss, face_loss])
 
 
 def fit_temperature(logits, groups):
@@ -121,6 +137,31 @@ def get_parser():
         default=0.3,
         help="the backbone's share of --lr when differentiated",
     )
+    parser.add_argument(
+        "--age-sigma",
+        type=number(float, low=0),
+        default=0,
+        help="learn the year, with soft labels of this standard deviation in years, and sum years into "
+        "groups; 0 learns groups alone",
+    )
+    parser.add_argument(
+        "--mixup",
+        type=number(float, low=0),
+        default=0,
+        help="alpha of the Beta distribution by which two faces are blended; 0 is off",
+    )
+    parser.add_argument(
+        "--ema",
+        type=number(float, low=0, high=0.99999),
+        default=0,
+        help="decay a step of the moving average of weights that is validated and kept; 0 is off",
+    )
+    parser.add_argument(
+        "--flip-averaging",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the model averages over a face and its mirror image, from validation on",
+    )
     return parser
 
 
@@ -136,7 +177,7 @@ def main(args):
         raise UserError(f"{args.data}/train holds no face of {names}: add some and run split.py again")
 
     set_seed(args.seed)
-    model = MultitaskResNet18(len(GROUP_NAMES), args.multitask)
+    model = make_model(vars(args))
     start = None if state else init_backbone(model.backbone, args.init)
     train, val = (
         FaceDataset(
@@ -150,22 +191,23 @@ def main(args):
 
     for epoch in range(training.epoch, args.epochs):
         began, begun = time.perf_counter(), training.step
-        losses = train_one_epoch(training, partial(multitask_losses, mask_weight=args.mask_weight))
-        _, group_loss, face_loss = losses.mean(dim=0).tolist()
+        losses = train_one_epoch(training, partial(multitask_losses, args=args))
+        _, age_loss, face_loss = losses.mean(dim=0).tolist()
         seconds = time.perf_counter() - began
-        figures = validate(model, val, args, device, dtype)
+        kept = model if training.average is None else training.average.module
+        figures = validate(kept, val, args, device, dtype)
         score = (-figures["val_accuracy"], figures["val_loss"])
         better = training.best is None or score < tuple(training.best["score"])
         if better:
-            weights = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+            weights = {key: value.detach().to("cpu", copy=True) for key, value in kept.state_dict().items()}
             training.best = {"epoch": epoch + 1, "score": score, "figures": figures, "weights": weights}
         print(
-            f"epoch {epoch + 1}/{args.epochs}: train loss {group_loss:.4f}, "
+            f"epoch {epoch + 1}/{args.epochs}: train loss {age_loss:.4f}, "
             f"val loss {figures['val_loss']:.4f}, val accuracy {figures['val_accuracy']:.2%}"
             + (f", val mask IoU {figures['val_mask_iou']:.3f}" if args.multitask else "")
             + f", {seconds:.0f} s, {(len(losses) - begun) * args.batch_size / seconds:.0f} faces/s"
         )
-        row = {"epoch": epoch + 1, "train_loss": group_loss, "train_mask_loss": face_loss, **figures}
+        row = {"epoch": epoch + 1, "train_loss": age_loss, "train_mask_loss": face_loss, **figures}
         row |= {"lr": training.schedule.get_last_lr()[-1], "seconds": round(seconds, 1)}
         finish_epoch(training, row)
         if better and not rank():

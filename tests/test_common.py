@@ -543,6 +543,36 @@ def test_imagenet_without_network_names_the_other_choices(monkeypatch):
         common.init_backbone(MultitaskResNet18().backbone, "imagenet")
 
 
+def test_years_sum_into_groups():
+    probabilities = torch.rand(5, common.YEARS).softmax(dim=1)
+    groups = common.group_logits(probabilities.log()).softmax(dim=1)
+    for group, (first, last) in enumerate(common.AGE_GROUPS.values()):
+        assert torch.allclose(groups[:, group], probabilities[:, first : last + 1].sum(dim=1))
+    assert sum(common.GROUP_SIZES) == common.YEARS
+
+
+def test_soft_age_labels_by_hand():
+    labels = common.soft_age_labels(torch.tensor([0, 30, 116]), 2.0)
+    assert labels.shape == (3, 101) and torch.allclose(labels.sum(dim=1), torch.ones(3))
+    assert labels.argmax(dim=1).tolist() == [0, 30, 100]
+    assert labels[1, 32] / labels[1, 30] == pytest.approx(math.exp(-0.5), rel=1e-5)
+    assert labels[1, 28] == pytest.approx(labels[1, 32].item())
+
+
+def test_flip_averaging_is_blind_to_mirroring():
+    torch.manual_seed(0)
+    model = common.make_model({"multitask": True, "age_sigma": 2, "flip_averaging": True})
+    images = torch.randn(2, 3, 64, 64)
+    assert model(images)[0].shape == (2, 6) and model(images, years=True)[0].shape == (2, 101)  # in training
+    model.eval()
+    (logits, masks), (mirrored, mirrored_masks) = model(images), model(images.flip(-1))
+    assert logits.shape == (2, 6) and torch.allclose(logits, mirrored, atol=1e-5)
+    assert torch.allclose(masks, mirrored_masks.flip(-1), atol=1e-5)
+    model.flip_averaging = False
+    mean = (model(images)[0].softmax(dim=1) + model(images.flip(-1))[0].softmax(dim=1)) / 2
+    assert torch.allclose(logits.softmax(dim=1), mean, atol=1e-6)
+
+
 def test_imagenet_weights_are_loaded(monkeypatch, capsys):
     """A stand-in of the download's form: everything but ImageNet's own head must arrive."""
     weights = common.resnet18().state_dict()

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -27,11 +28,10 @@ def model_and_losses(name):
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_var.uniform_(0.5, 2)
-    args = Namespace(positives=name, temperature=0.2, sigma=0.5)
-    losses = lambda model, batch: (  # noqa: E731
-        multitask_losses(model, batch, 0.5) if name == "multitask" else contrastive_loss(model, batch, args)
+    args = Namespace(positives=name, temperature=0.2, sigma=0.5, mask_weight=0.5, age_sigma=0, mixup=0)
+    return model.double().eval(), partial(
+        multitask_losses if name == "multitask" else contrastive_loss, args=args
     )
-    return model.double().eval(), losses
 
 
 def share(name):

@@ -1,11 +1,13 @@
 import csv
 import shutil
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import finetune
-from common import load_checkpoint
+from common import load_checkpoint, make_model
 from conftest import noise_pairs
 
 FAST = ["--image-size", 32, "--batch-size", 16, "--workers", 0, "--device", "cpu", "--init", "random"]
@@ -139,9 +141,75 @@ def test_resume_ends_with_the_same_weights(drawn, tmp_path, cli, monkeypatch):
     assert code == 2 and "--epochs" in err and "--overwrite" in err
 
 
+def test_recipe_resumes_to_the_same_average(drawn, tmp_path, cli, monkeypatch):
+    """Year labels, mixup, weight averaging and flip averaging, stopped within an epoch, equal a whole run."""
+    flags = ["--data", drawn / "dataset/processed_split", "--epochs", 2, *FAST, "--multitask"]
+    flags += ["--age-sigma", 2, "--mixup", 0.4, "--ema", 0.9, "--flip-averaging"]
+    assert cli("finetune", *flags, "--out", tmp_path / "whole.pt")[0] == 0
+    losses, calls = finetune.multitask_losses, []
+
+    def stop_at_ninth(*args, **options):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return losses(*args, **options)
+
+    monkeypatch.setattr(finetune, "multitask_losses", stop_at_ninth)
+    out = tmp_path / "cut.pt"
+    assert cli("finetune", *flags, "--out", out, "--save-every-steps", 4)[0] == 130
+    monkeypatch.setattr(finetune, "multitask_losses", losses)
+    assert cli("finetune", *flags, "--out", out, "--resume")[0] == 0
+    whole, cut = (load_checkpoint(tmp_path / f"{name}.pt", "model") for name in ("whole", "cut"))
+    assert all(torch.equal(whole["weights"][key], cut["weights"][key]) for key in whole["weights"])
+    assert whole["weights"]["head.weight"].shape == (101, 512) and whole["val"] == cut["val"]
+    last = torch.load(tmp_path / "whole.last.pt", weights_only=True)
+    kept, trained = last["best"]["weights"]["head.weight"], last["model"]["head.weight"]
+    assert not torch.equal(kept, trained) and whole["config"]["flip_averaging"]
+    if last["best"]["epoch"] == 2:
+        assert torch.equal(kept, last["average"]["module.head.weight"])
+
+
+def test_every_head_learns_under_every_recipe():
+    """No parameter without a gradient, with groups or years, blended or not."""
+    torch.manual_seed(0)
+    batch = {"image": torch.randn(4, 3, 32, 32), "mask": (torch.rand(4, 1, 32, 32) > 0.5).to(torch.uint8)}
+    batch |= {"age": torch.tensor([1, 20, 40, 110]), "group": torch.tensor([0, 2, 3, 5])}
+    for sigma in (0, 2):
+        for mixup in (0, 0.4):
+            args = Namespace(mask_weight=0.5, age_sigma=sigma, mixup=mixup)
+            model = make_model({"multitask": True, "age_sigma": sigma}).train()
+            losses = finetune.multitask_losses(model, batch, args)
+            assert losses.shape == (3,) and losses[0] == losses[1] + 0.5 * losses[2]
+            losses[0].backward()
+            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_mixup_blends_pictures_and_targets_alike(monkeypatch):
+    """A blend that is all of one face gives that face's loss; half of each the mean of both targets'."""
+    batch = {"image": torch.randn(2, 3, 32, 32), "age": torch.tensor([3, 70]), "group": torch.tensor([0, 5])}
+    logits = torch.randn(2, 6)
+    seen = []
+
+    def model(images, years):
+        seen.append(images)
+        return logits, None
+
+    found = []
+    for share in (1.0, 0.5):
+        beta = SimpleNamespace(sample=lambda share=share: torch.tensor(share))
+        monkeypatch.setattr(torch.distributions, "Beta", lambda *_, beta=beta: beta)
+        args = Namespace(mask_weight=0.5, age_sigma=0, mixup=0.4)
+        found.append(finetune.multitask_losses(model, batch, args)[1])
+    assert found[0] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch["group"]).item())
+    by_hand = -logits.log_softmax(dim=1)[:, [0, 5]].mean()
+    assert found[1] == pytest.approx(by_hand.item())
+    assert torch.equal(seen[0], batch["image"]) and torch.allclose(seen[1][0], batch["image"].mean(dim=0))
+
+
 def test_bad_input(drawn, tmp_path, refuse):
     data = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "m.pt"]
     refuse("finetune", *data, *FAST, "--lr-strategy", "layerwise", words=["--lr-strategy"])
+    refuse("finetune", *data, *FAST, "--ema", 1, words=["--ema"])
     refuse("finetune", *data, *FAST, "--precision", "fp16", words=["--precision"])
     copy = tmp_path / "split"
     shutil.copytree(drawn / "dataset/processed_split", copy)
