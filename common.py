@@ -86,7 +86,17 @@ def age_to_group(ages):
 # Errors, flags and configuration
 # ------------------------------------------------------------------------------------------------------------
 
-SCRIPTS = ("synthesize", "masks", "split", "pretrain", "finetune", "evaluate", "table", "benchmark")
+SCRIPTS = (
+    "synthesize",
+    "masks",
+    "split",
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "predict",
+    "table",
+    "benchmark",
+)
 
 
 class UserError(Exception):
@@ -904,19 +914,17 @@ class MultitaskResNet18(nn.Module):
         """
         if self.decoder is not None and (images.shape[-2] % 32 or images.shape[-1] % 32):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(images.shape[-2:])}")
+        logits, mask_logits = self.forward_once(images, years)
         if not self.flip_averaging or self.training:
-            logits, mask_logits = self.forward_once(images)
-            return (group_logits(logits) if self.by_year and not years else logits), mask_logits
-        logits, mask_logits = self.forward_once(torch.cat([images, images.flip(-1)]))  # 2B×…
-        logits = group_logits(logits) if self.by_year else logits  # 2B×6
-        probabilities = logits.float().softmax(dim=1).unflatten(0, (2, -1))  # 2×B×6
+            return logits, mask_logits
+        mirrored, mirrored_masks = self.forward_once(images.flip(-1), years)
+        probabilities = (logits.float().softmax(dim=1) + mirrored.float().softmax(dim=1)) / 2  # B×6
         if mask_logits is not None:
-            upright, mirrored = mask_logits.chunk(2)
-            mask_logits = (upright + mirrored.flip(-1)) / 2  # B×1×H×W
-        return probabilities.mean(dim=0).clamp(min=1e-12).log(), mask_logits
+            mask_logits = (mask_logits + mirrored_masks.flip(-1)) / 2
+        return probabilities.clamp(min=1e-12).log(), mask_logits
 
-    def forward_once(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The head's logits (B, 6), or (B, YEARS) if `by_year`, and mask logits (B, 1, H, W) or None."""
+    def forward_once(self, images: Tensor, years: bool) -> tuple[Tensor, Tensor | None]:
+        """`forward` without averaging."""
         net = self.backbone
         maps = [net.relu(net.bn1(net.conv1(images)))]  # B×64×H/2×W/2
         x = net.maxpool(maps[0])  # B×64×H/4×W/4
@@ -924,6 +932,7 @@ class MultitaskResNet18(nn.Module):
             x = layer(x)
             maps.append(x)  # strides 4, 8, 16, 32 with 64, 128, 256, 512 channels
         logits = self.head(net.avgpool(x).flatten(1))  # B×6 or B×YEARS
+        logits = group_logits(logits) if self.by_year and not years else logits
         return logits, None if self.decoder is None else self.decoder(maps)
 
 
