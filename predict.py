@@ -3,6 +3,7 @@
     python predict.py face.jpg folder/ *.png
     python predict.py photo.jpg --detector face_detection_yunet.onnx --overlay drawn --json faces.json
     python predict.py --export model.onnx
+    python predict.py --serve                   # a page to try it in a browser
 
 A picture is taken for one aligned face, as UTKFace's crops are, unless --detector finds the faces in it. From
 Python (see `load` and `predict`):
@@ -38,6 +39,7 @@ from common import (
     choose_precision,
     decode_image,
     load_model,
+    number,
     pixel_statistics,
     progress,
     resize,
@@ -386,6 +388,57 @@ def export(loaded, path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# A page in the browser
+# ------------------------------------------------------------------------------------------------------------
+
+
+def serve(loaded, host, port):
+    """Serves a page on which one uploads a picture, or takes one, and sees faces, groups and masks."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("--serve needs Gradio: pip install 'gradio>=6'") from None
+
+    def answer(path):
+        if path is None:
+            return None, None
+        picture = read_faces(Path(path), loaded, keep=True)
+        if picture.reason:
+            raise gradio.Error(f"This picture cannot be used: {picture.reason}.")
+        probabilities, masks = score(loaded, np.stack(picture.squares))
+        largest = max(range(len(probabilities)), key=lambda i: picture.crops[i].box[2])
+        chances = dict(zip(GROUP_NAMES, probabilities[largest].tolist()))
+        return draw_overlay(picture.image, picture.crops, probabilities, masks), chances
+
+    wanted = "any photograph" if loaded.detect else "one face, cropped and upright"
+    with gradio.Blocks(title="Age group of a face", delete_cache=(600, 600)) as page:
+        gradio.Markdown(
+            f"# Age group of a face\nGive {wanted}. Pictures stay on the machine that serves this page, "
+            "and are deleted within minutes. What is shown is an estimate."
+        )
+        with gradio.Row():
+            # Files, not decoded pictures: `decode_image` knows what to refuse.
+            picture = gradio.Image(type="filepath", sources=["upload", "webcam"], label="Picture", height=420)
+            buttons = ["fullscreen", "download"]
+            drawn = gradio.Image(type="pil", label="Face", interactive=False, height=420, buttons=buttons)
+            chances = gradio.Label(label="Age group (of the largest face)")
+        picture.change(answer, picture, [drawn, chances], api_name="predict")
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            max_file_size="20mb",
+            theme=theme,
+            share=False,
+            footer_links=[],
+        )
+    except OSError as error:
+        raise UserError(f"--port {port} cannot be used ({error}): name another") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
 
 
 def default_checkpoint():
@@ -405,13 +458,16 @@ def get_parser():
     parser.add_argument("--overlay", metavar="DIR", help="folder for pictures with faces and groups drawn in")
     parser.add_argument("--masks", metavar="DIR", help="folder for the face masks, as PNG of 0 and 255")
     parser.add_argument("--export", metavar="FILE.onnx", help="write the model as ONNX")
+    parser.add_argument("--serve", action="store_true", help="serve a page to try it in a browser")
+    parser.add_argument("--host", default="127.0.0.1", help="address that --serve listens on")
+    parser.add_argument("--port", type=number(int, 1, 65535), default=7860, help="port that it listens on")
     add_device_flags(parser)
     return parser
 
 
 def main(args):
-    if not args.inputs and not args.export:
-        raise UserError("nothing to do: name pictures, a folder, or --export model.onnx (-h explains)")
+    if not (args.inputs or args.export or args.serve):
+        raise UserError("nothing to do: name pictures or a folder, or give --serve or --export (-h explains)")
     for flag in ("csv", "json", "export", "overlay", "masks"):
         if getattr(args, flag):
             path = Path(getattr(args, flag))
@@ -425,6 +481,8 @@ def main(args):
     if args.export:
         export(loaded, args.export)
         print(f"{args.export} written: {loaded.image_size} px, {', '.join(GROUP_NAMES)}")
+    if args.serve:
+        serve(loaded, args.host, args.port)
     if not paths:
         return
 

@@ -1,6 +1,10 @@
 import csv
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
 from argparse import Namespace
 
 import cv2
@@ -13,7 +17,7 @@ from PIL import Image
 
 import predict
 from common import GROUP_NAMES, make_model, save_checkpoint
-from conftest import noise_pairs
+from conftest import ROOT, noise_pairs
 
 CPU = ["--device", "cpu", "--workers", 2]
 SIZE = (256, 192)  # width and height of the photographs below
@@ -232,6 +236,71 @@ def test_export_runs_elsewhere(model, tmp_path, cli):
         ):
             assert np.abs(found[0] - expected[0]).max() < 1e-4
             assert np.abs(found[1][:, 0] - expected[1]).max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def page(model, drawn):
+    """The address of `predict.py --serve`, in a process of its own."""
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", ROOT / "predict.py", "--serve", "--port", port, "--checkpoint", model]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=model.parent)
+    try:
+        lines = iter(process.stdout.readline, "")
+        assert any("Running on local URL" in line for line in lines)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def a_face(drawn):
+    return str(next((drawn / "dataset/processed_split/test").glob("*_image.png")))
+
+
+def test_page_answers_as_predict_does(page, model, drawn):
+    from gradio_client import Client, handle_file
+
+    overlay, chances = Client(page, verbose=False).predict(handle_file(a_face(drawn)), api_name="/predict")
+    image = cv2.cvtColor(cv2.imread(a_face(drawn)), cv2.COLOR_BGR2RGB)
+    (face,) = predict.predict(predict.load(model, device="cpu"), image)
+    found = {row["label"]: row["confidence"] for row in chances["confidences"]}
+    assert chances["label"] == face.group and set(found) == set(GROUP_NAMES)
+    expected = dict(zip(GROUP_NAMES, face.probabilities))
+    assert all(found[name] == pytest.approx(expected[name], abs=1e-4) for name in GROUP_NAMES)
+    assert Image.open(overlay).size == (400, 400)
+
+
+def test_page_refuses_large_files(page):
+    boundary = "x" * 20
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+    body = head.encode() + bytes(21 * 2**20) + f"\r\n--{boundary}--\r\n".encode()
+    content = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    request = urllib.request.Request(f"{page}/gradio_api/upload", body, content)
+    with pytest.raises(OSError) as refused:  # HTTP status 413, or the connection is closed on us
+        urllib.request.urlopen(request)
+    assert getattr(refused.value, "code", 413) == 413
+
+
+def test_page_in_a_browser(page, drawn):
+    browsers = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no chromium")
+    with browsers.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab, requests = browser.new_page(), []
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(page)
+        tab.wait_for_selector("input[type=file]", state="attached")
+        tab.set_input_files("input[type=file]", a_face(drawn))
+        tab.wait_for_function("() => /\\d+%/.test(document.body.innerText)")
+        text = tab.inner_text("body")
+        browser.close()
+    assert all(name in text for name in GROUP_NAMES)
+    assert all(url.startswith((page, "data:", "blob:")) for url in requests)  # nothing from the network
 
 
 def test_bad_input(model, tmp_path, cli, refuse):
