@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 import finetune
 import masks
+import predict
 import pretrain
 import split
 import synthesize
@@ -52,6 +53,7 @@ from common import (
     nt_xent_loss,
     number,
     predict_dataset,
+    read_image,
     run,
     script_parser,
     start_training,
@@ -267,11 +269,15 @@ def measure_split(rows, args):
         report(rows, "split", name, [len(thumbnails) ** 2 / 2e6 / time for time in times], "M pairs/s")
 
 
-def measure_evaluation(rows, folder, args, device, dtype):
-    """Faces a second that evaluate.py reads and scores, beside the bare forward pass."""
+def measure_evaluation(rows, folder, args, scratch, device, dtype):
+    """Faces a second that evaluate.py and predict.py read and score, beside the bare forward pass."""
     model = MultitaskResNet18().to(device, memory_format=torch.channels_last).eval()
     dataset = FaceDataset(folder, args.image_size, workers=args.workers)
     batch = to_input(dataset.images[:256], device)
+    crops = [scratch / f"{face.stem}.jpg" for face in dataset.faces]
+    for face, path in zip(dataset.faces, crops):
+        cv2.imwrite(str(path), read_image(folder / f"{face.stem}_image.png"), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    loaded = Namespace(model=model, image_size=args.image_size, device=device, dtype=dtype, detect=None)
 
     @torch.inference_mode()
     def forward():
@@ -284,6 +290,7 @@ def measure_evaluation(rows, folder, args, device, dtype):
             "read and decode": lambda: FaceDataset(folder, args.image_size, workers=args.workers),
             "bare forward pass": forward,
             "predict_dataset": lambda: predict_dataset(model, dataset, device, dtype),
+            "predict.py on JPEGs": lambda: list(predict.score_pictures(crops, loaded, args.workers)),
         },
         args.repeats,
         device,
@@ -385,7 +392,7 @@ def main(args):
         if "split" in parts:
             measure_split(rows, args)
         if "evaluate" in parts:
-            measure_evaluation(rows, folder, args, device, dtype)
+            measure_evaluation(rows, folder, args, scratch, device, dtype)
         if "growth" in parts:
             measure_growth(rows, args, scratch)
     if args.json:

@@ -30,6 +30,7 @@ def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
             ],
         ),
         ("evaluate", []),
+        ("predict", ["dataset/raw", "--csv", "faces.csv"]),
     ]
     for script, arguments in chain:
         done = shell(script, *arguments, cwd=tmp_path)
@@ -40,6 +41,7 @@ def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
     assert metrics["balanced_accuracy"]["ci95"][0] > 1 / 6  # chance
     assert metrics["mask_iou"]["value"] > 0.6
     assert metrics["seen_in_training"] == 0
+    assert len((tmp_path / "faces.csv").read_text().splitlines()) == 401
     assert (tmp_path / "results/confusion_matrix.png").stat().st_size > 10_000
     assert (tmp_path / "dataset/processed/preview.png").stat().st_size > 10_000
 
