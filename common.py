@@ -197,7 +197,7 @@ def read_config(path: str, parser: Parser) -> list[str]:
     is read.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        loaded = yaml.safe_load(shipped(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(loaded, dict):
@@ -288,6 +288,12 @@ def settings_of(args: argparse.Namespace) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 # Files, whole or absent
 # ------------------------------------------------------------------------------------------------------------
+
+
+def shipped(path: str | Path) -> Path:
+    """`path`, or the file of that name beside the scripts where the working directory has none."""
+    beside = Path(__file__).resolve().parent / path
+    return beside if beside.is_file() and not Path(path).exists() else Path(path)
 
 
 UMASK = os.umask(0)  # the only way to read it is to set it
@@ -1345,9 +1351,12 @@ def save_checkpoint(path: str | Path, kind: str, args: argparse.Namespace, **con
 
 
 def load_checkpoint(path: str | Path, kinds: str | tuple[str, ...]) -> dict:
-    """Reads a checkpoint of one of `kinds` onto the CPU; UserError if it is missing or anything else."""
-    kinds = (kinds,) if isinstance(kinds, str) else kinds
-    if not Path(path).is_file():
+    """Reads a checkpoint of one of `kinds` onto the CPU; UserError if it is missing or anything else.
+
+    Those that ship with the project are found from any working directory.
+    """
+    kinds, path = (kinds,) if isinstance(kinds, str) else kinds, shipped(path)
+    if not path.is_file():
         raise UserError(f"{path} is not there: run the stage that writes it, or name another file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

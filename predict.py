@@ -45,11 +45,12 @@ from common import (
     resize,
     run,
     script_parser,
+    shipped,
     to_input,
     write_csv,
 )
 
-RELEASED = Path(__file__).resolve().parent / "weights/age_multitask.pt"
+RELEASED = "weights/age_multitask.pt"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 # ------------------------------------------------------------------------------------------------------------
@@ -443,7 +444,7 @@ def serve(loaded, host, port):
 
 def default_checkpoint():
     """`model.pt` in the working directory if there is one, else the released model beside this script."""
-    return Path("model.pt") if Path("model.pt").is_file() else RELEASED
+    return Path("model.pt") if Path("model.pt").is_file() else shipped(RELEASED)
 
 
 def get_parser():

@@ -1,5 +1,6 @@
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import albumentations as A
 import cv2
@@ -582,3 +583,12 @@ def test_imagenet_weights_are_loaded(monkeypatch, capsys):
     line = capsys.readouterr().out
     assert torch.equal(backbone.conv1.weight, weights["conv1.weight"])
     assert "120 of 120" in line and "not loaded: fc" in line and len(seen) == 0 and pretraining == {}
+
+
+def test_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert common.shipped("configs/quickstart.yaml").is_file()
+    assert common.shipped("configs/none.yaml") == Path("configs/none.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/quickstart.yaml").write_text("synthesize: {count: 7}")
+    assert common.shipped("configs/quickstart.yaml").read_text() == "synthesize: {count: 7}"
