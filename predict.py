@@ -474,6 +474,11 @@ def main(args):
             path = Path(getattr(args, flag))
             check_writable(f"--{flag}", path if flag in ("overlay", "masks") else path.parent)
     paths = list_pictures(args.inputs)
+    top = os.path.commonpath([path.absolute().parent for path in paths]) if paths else "."
+    if args.overlay and Path(args.overlay).resolve() == Path(top).resolve():
+        raise UserError(
+            f"--overlay {args.overlay} would replace the pictures themselves: name another folder"
+        )
     checkpoint = args.checkpoint or default_checkpoint()
     print(f"model: {checkpoint}")
     loaded = load(checkpoint, args.detector, args.device, args.precision)
@@ -487,7 +492,6 @@ def main(args):
     if not paths:
         return
 
-    top = os.path.commonpath([path.absolute().parent for path in paths])
     rows, skipped, oblong = [], [], 0
     for picture in score_pictures(paths, loaded, args.workers, keep=bool(args.overlay)):
         if picture.reason:

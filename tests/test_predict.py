@@ -319,6 +319,7 @@ def test_bad_input(model, tmp_path, cli, refuse):
     refuse(
         "predict", picture, *flags, "--detector", tmp_path / "y.onnx", words=["y.onnx is no face detector"]
     )
+    refuse("predict", picture, *flags, "--overlay", tmp_path, words=["--overlay", "replace the pictures"])
     refuse("predict", picture, *flags, "--csv", picture / "f.csv", words=["--csv"])
     (tmp_path / "broken.jpg").write_text("no picture")
     _, _, err = cli("predict", tmp_path / "broken.jpg", *flags)
