@@ -83,17 +83,19 @@ COMPARED = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro")
 def read_split_table(data, files):
     """What `split.csv`, if there is one, says of N files.
 
-    Returns their near-duplicate groups, int (N,), and whether another face of that group lies in train, which
-    split.py allows only with --random, bool (N,).
+    Returns their near-duplicate groups, int (N,), and whether each lies outside train and another face of its
+    group inside, which split.py allows only with --random, bool (N,).
     """
     rows = []
     if (Path(data) / "split.csv").is_file():
         with open(Path(data) / "split.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     first = {row["file"]: row["duplicate_of"] or row["file"] for row in rows}
-    learned = {first[row["file"]] for row in rows if row["split"] == "train"}
+    train = {row["file"] for row in rows if row["split"] == "train"}
+    learned = {first[name] for name in train}
     own = [first.get(name, name) for name in files]
-    return np.unique(own, return_inverse=True)[1], np.isin(own, list(learned))
+    leaked = [one in learned and name not in train for one, name in zip(own, files)]
+    return np.unique(own, return_inverse=True)[1], np.array(leaked)
 
 
 def predict(path, args, device, datasets):
@@ -103,6 +105,7 @@ def predict(path, args, device, datasets):
     """
     model, checkpoint = load_model(path, device)
     config, temperature = checkpoint["config"], checkpoint["val"].get("val_temperature")
+    temperature = temperature if isinstance(temperature, float) and temperature > 0 else None
     if args.temperature_scaling and temperature is None:
         raise UserError(f"{path} holds no temperature: train again, or leave out --temperature-scaling")
     key = (checkpoint["preprocessing"]["image_size"], bool(config.get("multitask")))

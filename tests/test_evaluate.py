@@ -167,8 +167,8 @@ def test_split_table_tells_near_duplicates_and_leaks(tmp_path):
     (tmp_path / "split.csv").write_text(
         "file,split,duplicate_of\na,test,\nb,test,\nc,test,a\nd,train,b\ne,train,\n"
     )
-    clusters, leaked = read_split_table(tmp_path, ["a", "b", "c"])
-    assert clusters.tolist() == [0, 1, 0] and leaked.tolist() == [False, True, False]
+    clusters, leaked = read_split_table(tmp_path, ["a", "b", "c", "d"])
+    assert clusters.tolist() == [0, 1, 0, 1] and leaked.tolist() == [False, True, False, False]
 
 
 def test_rates_equal_scikit_learn_on_repeated_faces():
