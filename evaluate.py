@@ -550,7 +550,8 @@ def describe(checkpoint):
     return row, config
 
 
-ORDER = ["uniform", "differentiated", "classification", "multitask", "random", "ImageNet"]
+ORDER = ["uniform", "differentiated", "classification", "multitask"]
+ORDER += ["random", "ImageNet", "contrastive (view)", "contrastive (age)"]
 
 
 def group_by_configuration(many):
