@@ -387,14 +387,17 @@ def plot_reliability(path, variants, groups):
         confidence, predicted = (values.numpy() for values in probabilities.max(dim=1))
         which = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, BINS - 1)
         counts = np.bincount(which, minlength=BINS)
-        sums = [np.bincount(which, v, BINS)[counts > 0] for v in (confidence, predicted == groups.numpy())]
+        sums = [np.bincount(which, v, BINS) for v in (confidence, predicted == groups.numpy())]
+        mean, accuracy = (total / np.maximum(counts, 1) for total in sums)
         error = calibration_error(probabilities, groups)
-        mean, accuracy = (total / counts[counts > 0] for total in sums)
-        top.plot(mean, accuracy, "o-", label=f"{name}: expected calibration error {error:.1%}")
+        label = f"{name}: expected calibration error {error:.1%}"
+        (line,) = top.plot(mean[counts >= 20], accuracy[counts >= 20], "o-", label=label)
+        few = (counts > 0) & (counts < 20)
+        top.plot(mean[few], accuracy[few], "o", color=line.get_color(), fillstyle="none")
         bottom.stairs(counts, edges, linewidth=1.5)
     top.set(ylabel="accuracy", title=f"{len(groups)} faces", xlim=(0, 1), ylim=(0, 1))
     top.legend(loc="upper left", fontsize=9)
-    bottom.set(xlabel="confidence in the predicted group", ylabel="faces")
+    bottom.set(xlabel="confidence in the predicted group; hollow above: fewer than 20 faces", ylabel="faces")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     save_figure(figure, path)
