@@ -320,6 +320,7 @@ def score_subgroups(predicted, groups, faces, weights):
 
 
 def save_figure(figure, path):
+    """Writes a matplotlib figure as PNG and closes it."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
     plt.close(figure)
@@ -493,7 +494,8 @@ def evaluate(scored, out, args):
     plot_mistakes(out / "mistakes.png", scored, Path(args.data) / args.split)
 
 
-def print_one(scored, out, args):
+def print_one(scored, args):
+    """Prints what `evaluate` has found of one model: metrics, calibration, leaks, subgroups and gaps."""
     print(
         f"{scored.path} on {len(scored.files)} faces of {args.data}/{args.split}, 95 % bootstrap intervals:"
     )
@@ -686,7 +688,7 @@ def main(args):
     if len(paths) == 1:
         scored = predict(paths[0], args, device, datasets)
         evaluate(scored, out, args)
-        print_one(scored, out, args)
+        print_one(scored, args)
         print(
             f"{out} written: metrics.json, predictions.csv, subgroups.csv, confusion_matrix.png, "
             "subgroups.png, reliability.png, mistakes.png"
