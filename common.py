@@ -410,6 +410,16 @@ def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
     return faces
 
 
+def split_settings(folder: str | Path) -> dict:
+    """What split.py made `folder` with (seed, fractions, near_duplicate, random), {} if others made it."""
+    try:
+        return dict(yaml.safe_load((Path(folder) / "split.yaml").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{folder}/split.yaml cannot be read: run split.py again with --overwrite") from None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Device, precision, seeds and processes
 # ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import yaml
 
 from common import (
     GROUP_NAMES,
@@ -135,7 +136,7 @@ def print_table(groups, splits):
         print(f"{name:14}{cells}{total:>16}")
 
 
-def write_split(source, target, rows, conflicts, overwrite):
+def write_split(source, target, rows, conflicts, settings, overwrite):
     """Builds the folders beside `target`, with hard links to the pairs where possible, and renames."""
     building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     try:
@@ -151,6 +152,7 @@ def write_split(source, target, rows, conflicts, overwrite):
                     shutil.copy2(source / name, building / row["split"] / name)
         write_csv(building / "split.csv", rows, COLUMNS)
         write_csv(building / "conflicts.csv", conflicts, CONFLICT_COLUMNS)
+        (building / "split.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         if overwrite and target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".old-{target.name}-", dir=target.parent))
             target.rename(old / target.name)
@@ -268,7 +270,8 @@ def main(args):
     if not there and (target / "split.csv").exists() and not args.overwrite:
         raise UserError(f"--output {target} was made from other faces or settings: --overwrite replaces it")
     if not there:
-        write_split(source, target, rows, conflicts, args.overwrite)
+        settings = {key: getattr(args, key) for key in ("seed", "fractions", "near_duplicate", "random")}
+        write_split(source, target, rows, conflicts, settings, args.overwrite)
 
     print_table(groups, splits)
     missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), groups[splits == 0])

@@ -142,29 +142,41 @@ def test_resume_ends_with_the_same_weights(drawn, tmp_path, cli, monkeypatch):
 
 
 def test_recipe_resumes_to_the_same_average(drawn, tmp_path, cli, monkeypatch):
-    """Year labels, mixup, weight averaging and flip averaging, stopped within an epoch, equal a whole run."""
+    """A run of the recipe's flags, whose pictures grow, equals one that was stopped within an epoch."""
     flags = ["--data", drawn / "dataset/processed_split", "--epochs", 2, *FAST, "--multitask"]
-    flags += ["--age-sigma", 2, "--mixup", 0.4, "--ema", 0.9, "--flip-averaging"]
-    assert cli("finetune", *flags, "--out", tmp_path / "whole.pt")[0] == 0
-    losses, calls = finetune.multitask_losses, []
+    flags += ["--age-sigma", 2, "--mixup", 0.4, "--ema", 0.9, "--flip-averaging", "--half-weights"]
+    flags += ["--initial-image-size", 32, "--image-size", 64]
+    losses, sides, stop = finetune.multitask_losses, [], 0
 
-    def stop_at_ninth(*args, **options):
-        calls.append(1)
-        if len(calls) == 9:
+    def spy(model, batch, args):
+        sides.append(batch["image"].shape[-1])
+        assert batch["mask"].shape[-1] == sides[-1]
+        if len(sides) == stop:
             raise KeyboardInterrupt
-        return losses(*args, **options)
+        return losses(model, batch, args)
 
-    monkeypatch.setattr(finetune, "multitask_losses", stop_at_ninth)
+    monkeypatch.setattr(finetune, "multitask_losses", spy)
+    assert cli("finetune", *flags, "--out", tmp_path / "whole.pt")[0] == 0
+    steps = len(sides) // 2
+    assert sides == [32] * steps + [64] * steps
+    sides, stop = [], steps + steps // 2
+
     out = tmp_path / "cut.pt"
     assert cli("finetune", *flags, "--out", out, "--save-every-steps", 4)[0] == 130
-    monkeypatch.setattr(finetune, "multitask_losses", losses)
+    stop = 0
     assert cli("finetune", *flags, "--out", out, "--resume")[0] == 0
     whole, cut = (load_checkpoint(tmp_path / f"{name}.pt", "model") for name in ("whole", "cut"))
+    assert whole["preprocessing"]["image_size"] == 64
+    assert whole["split"] == {
+        "seed": 0, "fractions": [0.7, 0.1, 0.2], "near_duplicate": 0.98, "random": False
+    }  # fmt: skip
     assert all(torch.equal(whole["weights"][key], cut["weights"][key]) for key in whole["weights"])
     assert whole["weights"]["head.weight"].shape == (101, 512) and whole["val"] == cut["val"]
     last = torch.load(tmp_path / "whole.last.pt", weights_only=True)
     kept, trained = last["best"]["weights"]["head.weight"], last["model"]["head.weight"]
     assert not torch.equal(kept, trained) and whole["config"]["flip_averaging"]
+    assert torch.equal(whole["weights"]["head.weight"], kept.half())
+    assert out.stat().st_size < 25e6
     if last["best"]["epoch"] == 2:
         assert torch.equal(kept, last["average"]["module.head.weight"])
 
@@ -210,6 +222,7 @@ def test_bad_input(drawn, tmp_path, refuse):
     data = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "m.pt"]
     refuse("finetune", *data, *FAST, "--lr-strategy", "layerwise", words=["--lr-strategy"])
     refuse("finetune", *data, *FAST, "--ema", 1, words=["--ema"])
+    refuse("finetune", *data, *FAST, "--initial-image-size", 64, words=["--initial-image-size", "lower"])
     refuse("finetune", *data, *FAST, "--precision", "fp16", words=["--precision"])
     copy = tmp_path / "split"
     shutil.copytree(drawn / "dataset/processed_split", copy)
@@ -219,4 +232,6 @@ def test_bad_input(drawn, tmp_path, refuse):
     shutil.rmtree(copy / "train")
     noise_pairs(copy / "train", [2, 8, 30, 50, 80] * 4)
     refuse("finetune", "--data", copy, "--out", tmp_path / "m.pt", *FAST, words=["train", "Youth"])
+    (copy / "split.yaml").write_text("seed: [")
+    refuse("finetune", "--data", copy, "--out", tmp_path / "m.pt", *FAST, words=["split.yaml"])
     assert [path.name for path in tmp_path.iterdir()] == ["split"]

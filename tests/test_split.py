@@ -73,7 +73,7 @@ def test_every_pair_lands_in_exactly_one_split(tmp_path, cli):
     source, target = tmp_path / "processed", tmp_path / "split"
     stems = noise_pairs(source, AGES)
     assert cli("split", "--input", source, "--output", target)[0] == 0
-    assert sorted(os.listdir(target)) == ["conflicts.csv", "split.csv", "test", "train", "val"]
+    assert sorted(os.listdir(target)) == ["conflicts.csv", "split.csv", "split.yaml", "test", "train", "val"]
     found = [name for split in ("train", "val", "test") for name in os.listdir(target / split)]
     assert sorted(found) == sorted(f"{stem}_{part}.png" for stem in stems for part in ("image", "mask"))
     rows = read(target / "split.csv")
