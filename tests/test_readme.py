@@ -15,7 +15,7 @@ PLACES = [
     *(ROOT / f"{name}.py" for name in SCRIPTS),
     *sorted(ROOT.glob("configs/*.yaml")),
 ]
-COMMAND = re.compile(r"(?:\bpython|\btorchrun[^\n`]*?|\$\(SCRIPT\)/?) ?(\w+)\.py\b([^\n`#|]*)")
+COMMAND = re.compile(r"(?:\bpython|\btorchrun[^\n`]*?|\$\(SCRIPT\)/?) ?(?:\.\./)*(\w+)\.py\b([^\n`#|]*)")
 
 
 def commands(text):
