@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,22 @@ def shell(script, *arguments, cwd):
     """Runs a script as a user does, in a process of its own."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+COMMAND = re.compile(r"(?:\bpython|\btorchrun[^\n`]*?|\$\(SCRIPT\)/?) ?(?:\.\./)*(\w+)\.py\b([^\n`#|]*)")
+
+
+def commands(text):
+    """(script, arguments) of each command line in a text."""
+    for script, rest in COMMAND.findall(text.replace("\\\n", " ")):
+        yield script, shlex.split(rest.strip().rstrip(",.;:)"))
+
+
+def section(title):
+    """A section of the README, from its heading to the next of any level."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [found] = re.findall(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ )", text, re.DOTALL | re.MULTILINE)
+    return found
 
 
 def write_pair(folder, stem, image, mask=None):

@@ -1,39 +1,34 @@
 """The whole chain as a user runs it: a process a stage, in an empty folder, defaults handing files on."""
 
+import csv
 import importlib
 import json
+import re
+import tarfile
 
+import cv2
 import pytest
 
 from common import SCRIPTS, parse_args
-from conftest import ROOT, shell
+from conftest import ROOT, commands, section, shell
 
 
-def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
-    small = ["--image-size", 64, "--batch-size", 32, "--device", "cpu"]
-    chain = [
-        ("synthesize", ["--count", 400]),
-        ("masks", []),
-        ("split", []),
-        ("pretrain", ["--epochs", 1, *small]),
-        (
-            "finetune",
-            [
-                "--multitask",
-                "--lr-strategy",
-                "differentiated",
-                "--init",
-                "contrastive.pt",
-                "--epochs",
-                4,
-                *small,
-            ],
-        ),
-        ("evaluate", []),
-        ("predict", ["dataset/raw", "--csv", "faces.csv"]),
-    ]
+def test_the_readme_from_drawn_faces_to_predictions(tmp_path, monkeypatch):
+    """The README's own commands, word for word, made small by flags at their end."""
+    training = ["--image-size", 64, "--batch-size", 32, "--device", "cpu", "--epochs"]
+    small = {"pretrain": [*training, 1], "finetune": [*training, 4]}
+    assert shell("synthesize", "--count", 400, cwd=tmp_path).returncode == 0
+    with tarfile.open(tmp_path / "UTKFace.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "dataset/raw", "UTKFace")
+    face = min((tmp_path / "dataset/raw").iterdir())
+    (tmp_path / "folder").symlink_to("dataset/raw")
+    (tmp_path / "face.jpg").symlink_to(face)
+    chain = list(commands(section("The five stages")))
+    assert [script for script, _ in chain] == ["masks", "split", "pretrain", "finetune", "evaluate"]
+    chain += [c for c in commands(section("Your own pictures")) if {"--csv", "--export"} & set(c[1])]
+    assert len(chain) == 7
     for script, arguments in chain:
-        done = shell(script, *arguments, cwd=tmp_path)
+        done = shell(script, *arguments, *small.get(script, []), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stderr == "" and len(done.stdout.splitlines()) >= 1, done.stderr
     metrics = json.loads((tmp_path / "results/metrics.json").read_text())
@@ -41,9 +36,19 @@ def test_from_drawn_faces_to_a_confusion_matrix(tmp_path):
     assert metrics["balanced_accuracy"]["ci95"][0] > 1 / 6  # chance
     assert metrics["mask_iou"]["value"] > 0.6
     assert metrics["seen_in_training"] == 0
-    assert len((tmp_path / "faces.csv").read_text().splitlines()) == 401
-    assert (tmp_path / "results/confusion_matrix.png").stat().st_size > 10_000
-    assert (tmp_path / "dataset/processed/preview.png").stat().st_size > 10_000
+    assert len((tmp_path / "faces.csv").read_text().splitlines()) == 402
+    assert len(list((tmp_path / "drawn").rglob("*.jpg"))) == 401
+    for name in ("results/confusion_matrix.png", "dataset/processed/preview.png", "model.onnx"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+    [snippet] = re.findall(r"```python\n(.*?)```", section("Your own pictures"), re.DOTALL)
+    names = {"image": cv2.cvtColor(cv2.imread(str(face)), cv2.COLOR_BGR2RGB)}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, names)
+    [found] = names["faces"]
+    with open(tmp_path / "faces.csv", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["file"].endswith(face.name))
+    assert found.group == row["group"] and found.mask.shape == names["image"].shape[:2]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

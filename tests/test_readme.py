@@ -8,20 +8,13 @@ import subprocess
 import pytest
 
 from common import SCRIPTS, UserError, parse_args
-from conftest import ROOT
+from conftest import ROOT, commands
 
 PLACES = [
     ROOT / "README.md",
     *(ROOT / f"{name}.py" for name in SCRIPTS),
     *sorted(ROOT.glob("configs/*.yaml")),
 ]
-COMMAND = re.compile(r"(?:\bpython|\btorchrun[^\n`]*?|\$\(SCRIPT\)/?) ?(?:\.\./)*(\w+)\.py\b([^\n`#|]*)")
-
-
-def commands(text):
-    """(script, arguments) of each command line in a text."""
-    for script, rest in COMMAND.findall(text.replace("\\\n", " ")):
-        yield script, shlex.split(rest.strip().rstrip(",.;:)"))
 
 
 @pytest.mark.parametrize("path", PLACES, ids=lambda path: path.name)
