@@ -29,7 +29,6 @@ from common import (
     choose_device,
     choose_precision,
     finish_epoch,
-    image_side,
     init_backbone,
     join_processes,
     list_pairs,
@@ -47,7 +46,6 @@ from common import (
     soft_age_labels,
     split_settings,
     start_training,
-    train_loader,
     train_one_epoch,
     write_csv,
 )
@@ -94,12 +92,6 @@ def fit_temperature(logits, groups):
     return 1 / inverse.detach().nan_to_num(1).clamp(1 / 20, 20).item()
 
 
-def side_at(epoch, args):
-    """The side in pixels at which `epoch`, from 0, trains: it grows by 32 after equal shares of the run."""
-    sides = range(args.initial_image_size or args.image_size, args.image_size + 1, 32)
-    return sides[min(epoch, args.epochs - 1) * len(sides) // args.epochs]
-
-
 def validate(model, dataset, args, device, dtype):
     """Loss, accuracy, mask IoU (None without a mask) and best temperature on a whole split."""
     logits, overlap = predict_dataset(model, dataset, device, dtype)
@@ -127,12 +119,6 @@ def save_best(training):
 def get_parser():
     parser = script_parser("finetune", __doc__)
     add_training_flags(parser, "model.pt", "imagenet", epochs=30, batch_size=128, lr=1e-3, image_size=128)
-    parser.add_argument(
-        "--initial-image-size",
-        type=image_side,
-        help="side at which training begins, to grow to --image-size by 32 pixels after equal shares of the "
-        "epochs; None is --image-size itself",
-    )
     parser.add_argument(
         "--multitask", action=argparse.BooleanOptionalAction, default=False, help="also learn the face mask"
     )
@@ -191,8 +177,6 @@ def get_parser():
 def main(args):
     device = join_processes(choose_device(args.device))
     dtype = choose_precision(args.precision, device)
-    if (args.initial_image_size or 0) > args.image_size:
-        raise UserError(f"--initial-image-size {args.initial_image_size} is above --image-size: lower it")
     state = open_run(args, "model")
     split = split_settings(args.data)
     faces = list_pairs(Path(args.data) / "train", need_masks=args.multitask)
@@ -205,23 +189,18 @@ def main(args):
     set_seed(args.seed)
     model = make_model(vars(args))
     start = None if state else init_backbone(model.backbone, args.init)
-
-    def load(split, side, view):
-        return FaceDataset(
-            Path(args.data) / split, side, view, with_masks=args.multitask, seed=args.seed,
+    train, val = (
+        FaceDataset(
+            Path(args.data) / split, args.image_size, view, with_masks=args.multitask, seed=args.seed,
             workers=args.workers, on_device=device.type == "cuda",
-        )  # fmt: skip
-
-    train = load("train", side_at(state["epoch"] if state else 0, args), SUPERVISED_VIEW)
-    val = load("val", args.image_size, None)
+        )
+        for split, view in (("train", SUPERVISED_VIEW), ("val", None))
+    )  # fmt: skip
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
     training = start_training(args, "model", model, groups, train, device, state, start)
     training.split = split
 
     for epoch in range(training.epoch, args.epochs):
-        if side_at(epoch, args) != training.loader.dataset.image_size:
-            train = load("train", side_at(epoch, args), SUPERVISED_VIEW)
-            training.loader = train_loader(train, args.batch_size, args.seed, args.workers, device)
         began, begun = time.perf_counter(), training.step
         losses = train_one_epoch(training, partial(multitask_losses, args=args))
         _, age_loss, face_loss = losses.mean(dim=0).tolist()
