@@ -5,8 +5,9 @@
     python evaluate.py runs/*.pt                # a table, a row a configuration, averaged over seeds
 
 For one model writes to --out: metrics.json, predictions.csv, confusion_matrix.png, subgroups.csv and .png (by
-gender and race), reliability.png (calibration) and mistakes.png (the most confident ones; it shows faces of
-the data set, so keep it to yourself). For several writes table.md there, and those files in a folder a model.
+age group, gender and race), reliability.png (calibration) and mistakes.png (the most confident ones; it shows
+faces of the data set, so keep it to yourself). For several writes table.md there, and those files in a folder
+a model.
 """
 
 import csv
@@ -278,7 +279,7 @@ def rates(predicted, groups, weights):
 
 
 def score_subgroups(predicted, groups, faces, weights):
-    """Rates by gender, race and both: a row a subgroup, and the widest gap of each of the three.
+    """Rates by age group, gender, race and the last two: a row a subgroup, and the widest gap of each kind.
 
     predicted, groups: int (N,); faces: N `Face`s; weights: (R, N) from `resample`. A gap lies between the
     highest and the lowest accuracy among subgroups of at least `SMALL` faces: (by, highest, lowest,
@@ -288,6 +289,7 @@ def score_subgroups(predicted, groups, faces, weights):
     race = np.array([RACES[face.race] for face in faces])
     both = np.array([f"{r}, {g}" for r, g in zip(race, gender)])
     orders = {
+        "age group": (np.array(GROUP_NAMES)[groups], GROUP_NAMES),  # where accuracy is recall
         "gender": (gender, GENDERS),
         "race": (race, RACES),
         "race and gender": (both, [f"{r}, {g}" for r in RACES for g in GENDERS]),
@@ -352,10 +354,11 @@ def plot_subgroups(path, rows, overall):
     figure, axes = plt.subplots(
         1, 3, figsize=(13, 1.6 + 0.3 * len(rows)), sharey=True, layout="constrained", squeeze=False
     )
+    kinds = list(dict.fromkeys(row["by"] for row in rows))
     for axis, metric in zip(axes[0], ("accuracy", "balanced_accuracy", "within_one_group")):
         axis.axvline(overall[metric], color="0.6", linestyle="--")
         for y, row in enumerate(rows):
-            color = {"gender": "tab:blue", "race": "tab:green"}.get(row["by"], "tab:purple")
+            color = f"C{kinds.index(row['by'])}"
             axis.plot([row[metric + "_low"], row[metric + "_high"]], [y, y], color=color)
             axis.plot(row[metric], y, "o", color=color, fillstyle="none" if row["small"] else "full")
         axis.set(title=metric.replace("_", " "), ylim=(len(rows) - 0.5, -0.5))

@@ -189,16 +189,18 @@ def test_rates_equal_scikit_learn_on_repeated_faces():
 
 
 def test_subgroups_by_hand():
-    """200 men, 9 in 10 right, and 120 women, 3 in 4; 10 of the women are Black, all others White."""
+    """200 men, 9 in 10 right, and 120 women, 3 in 4; 10 of them Black girls, all others White adults."""
     man, woman = ([parse_name(f"30_{gender}_0_1.jpg")] for gender in (0, 1))
     faces = man * 200 + woman * 110 + [parse_name("30_1_1_1.jpg")] * 10
-    truth = np.full(320, 3)
+    truth = np.repeat([3, 1], [310, 10])
     predicted = np.r_[np.repeat([3, 5], [180, 20]), np.repeat([3, 4], [90, 20]), np.full(10, 2)]
     rows, gaps = score_subgroups(predicted, truth, faces, resample(np.arange(320), 400))
     rows = {row["subgroup"]: row for row in rows}
-    assert set(rows) == {"male", "female", "White", "Black", "White, male", "White, female", "Black, female"}
+    assert set(rows) >= {"Child", "Young Adult"} and len(rows) == 9
+    assert rows["Young Adult"]["accuracy"] == pytest.approx(270 / 310) and rows["Child"]["accuracy"] == 0
+    assert set(rows) >= {"male", "female", "White", "Black", "White, male", "White, female", "Black, female"}
     assert (rows["male"]["n"], rows["male"]["accuracy"], rows["male"]["within_one_group"]) == (200, 0.9, 0.9)
-    assert (rows["female"]["accuracy"], rows["female"]["balanced_accuracy"]) == (0.75, 0.75)
+    assert (rows["female"]["accuracy"], rows["female"]["balanced_accuracy"]) == (0.75, 0.409091)
     assert rows["Black"] | {"accuracy": 0, "within_one_group": 1, "small": 1, "n": 10} == rows["Black"]
     assert not rows["White"]["small"] and 0.6 < rows["female"]["accuracy_low"] < 0.75
     assert [gap[:3] for gap in gaps] == [
@@ -269,7 +271,7 @@ def test_writes_metrics_predictions_and_matrix(drawn, model, tmp_path, cli):
     assert 0 <= summary["expected_calibration_error"] <= 1 and summary["temperature"] == 1
     with open(tmp_path / "r/subgroups.csv", newline="") as file:
         subgroups = list(csv.DictReader(file))
-    for by in ("gender", "race", "race and gender"):
+    for by in ("age group", "gender", "race", "race and gender"):
         assert sum(int(row["n"]) for row in subgroups if row["by"] == by) == len(rows)
 
 
