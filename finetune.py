@@ -166,6 +166,12 @@ def get_parser():
         help="the model averages over a face and its mirror image, from validation on",
     )
     parser.add_argument(
+        "--crop-averaging",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="likewise over a face and its middle, 7/8 of the sides; takes twice the time",
+    )
+    parser.add_argument(
         "--half-weights",
         action=argparse.BooleanOptionalAction,
         default=False,

@@ -574,6 +574,23 @@ def test_flip_averaging_is_blind_to_mirroring():
     assert torch.allclose(logits.softmax(dim=1), mean, atol=1e-6)
 
 
+def test_crop_averaging_adds_the_middle_but_not_its_mask():
+    torch.manual_seed(0)
+    model = common.make_model({"multitask": True, "flip_averaging": True}).eval()
+    images = torch.randn(2, 3, 64, 96)
+    middle = F.interpolate(images[:, :, 4:60, 6:90], size=(64, 96), mode="bilinear")
+    (logits, masks), (closer, _) = model(images), model(middle)
+    model.crop_averaging = True
+    both, same_masks = model(images)
+    mean = (logits.softmax(dim=1) + closer.softmax(dim=1)) / 2
+    assert torch.allclose(both.softmax(dim=1), mean, atol=1e-6) and not torch.allclose(
+        both, logits, atol=1e-3
+    )
+    assert torch.equal(masks, same_masks)
+    model.flip_averaging = False
+    assert not torch.allclose(model(images)[0], both, atol=1e-5)
+
+
 def test_imagenet_weights_are_loaded(monkeypatch, capsys):
     """A stand-in of the download's form: everything but ImageNet's own head must arrive."""
     weights = common.resnet18().state_dict()

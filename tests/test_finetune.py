@@ -144,7 +144,17 @@ def test_resume_ends_with_the_same_weights(drawn, tmp_path, cli, monkeypatch):
 def test_recipe_resumes_to_the_same_average(drawn, tmp_path, cli, monkeypatch):
     """A run of the recipe's flags equals one that was stopped within an epoch."""
     flags = ["--data", drawn / "dataset/processed_split", "--epochs", 2, *FAST, "--multitask"]
-    flags += ["--age-sigma", 2, "--mixup", 0.4, "--ema", 0.9, "--flip-averaging", "--half-weights"]
+    flags += [
+        "--age-sigma",
+        2,
+        "--mixup",
+        0.4,
+        "--ema",
+        0.9,
+        "--flip-averaging",
+        "--crop-averaging",
+        "--half-weights",
+    ]
     losses, calls, stop = finetune.multitask_losses, 0, 0
 
     def spy(model, batch, args):

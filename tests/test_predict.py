@@ -25,9 +25,10 @@ SIZE = (256, 192)  # width and height of the photographs below
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A multitask model of years, flips averaged, with random weights: what it says is of no matter here."""
+    """A multitask model of years, views averaged, with random weights: what it says is of no matter here."""
     torch.manual_seed(0)
-    settings = {"multitask": True, "age_sigma": 2.0, "flip_averaging": True, "image_size": 64}
+    settings = {"multitask": True, "age_sigma": 2.0, "flip_averaging": True, "crop_averaging": True}
+    settings["image_size"] = 64
     network = make_model(settings)
     for module in network.modules():  # statistics other than those a fresh network has
         if isinstance(module, torch.nn.BatchNorm2d):
