@@ -568,9 +568,11 @@ def group_by_configuration(many):
     columns: the table's first ones, among them "Other settings" where the rest does not agree.
     """
     described = [(*describe(scored.checkpoint), scored) for scored in many]
-    keys = sorted({key for _, settings, _ in described for key in settings})
+    keys = {key for _, settings, _ in described for key in settings}
+    for _, settings, _ in described:  # an older checkpoint may lack one; only pretraining's may be missing
+        settings |= {key: "unset" for key in keys - settings.keys() if not key.startswith("pretraining ")}
     shared, differing = {}, []
-    for key in keys:
+    for key in sorted(keys):
         values = {json.dumps(settings[key]) for _, settings, _ in described if key in settings}
         if len(values) == 1:
             shared[key] = next(iter(values)).strip('"')

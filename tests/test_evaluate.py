@@ -371,6 +371,12 @@ def test_models_of_one_name_and_other_settings(drawn, model, tmp_path, cli, refu
     (difference,) = read_table(tmp_path / "r/table.md", "Difference")
     assert difference["Accuracy"] == "+0.0 [+0.0, +0.0]"  # the same weights
     assert (tmp_path / "r/x/model/metrics.json").is_file() and (tmp_path / "r/y/model").is_dir()
+    older = torch.load(paths[1], weights_only=True)
+    del older["config"]["mixup"]
+    torch.save(older, paths[0])
+    assert cli("evaluate", *paths, *flags)[0] == 0
+    table = read_table(tmp_path / "r/table.md", "LR strategy")
+    assert [row["Other settings"] for row in table] == ["mixup 0", "mixup unset"]
     refuse("evaluate", *[model.with_suffix(".last.pt")] * 2, *flags, words=["model.last checkpoint"])
     other = shutil.copy(model.with_suffix(".last.pt"), tmp_path / "other.last.pt")
     refuse("evaluate", model.with_suffix(".last.pt"), other, *flags, words=["none of the 2 files is a model"])
