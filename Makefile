@@ -31,7 +31,7 @@ best: CONFIG := --config $(CURDIR)/configs/best.yaml
 best: RUN_DIR := $(CURDIR)/runs/best
 best: data
 	$(SCRIPT)/finetune.py $(CONFIG) --init random --image-size 64 --epochs 20 --lr-strategy uniform \
-		--no-crop-averaging --no-half-weights --out small.pt --resume
+		--no-half-weights --out small.pt --resume
 	$(SCRIPT)/finetune.py $(CONFIG) --resume
 	$(SCRIPT)/evaluate.py
 
