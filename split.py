@@ -167,8 +167,8 @@ def write_split(source, target, rows, conflicts, settings, overwrite):
         raise
 
 
-def is_there(target, rows, conflicts):
-    """Whether `target` holds exactly this split: the same two tables and every pair in its folder."""
+def is_there(source, target, rows, conflicts):
+    """Whether `target` holds exactly this split: the same two tables and every pair, as it is in `source`."""
     for name, table, columns in (
         ("split.csv", rows, COLUMNS),
         ("conflicts.csv", conflicts, CONFLICT_COLUMNS),
@@ -184,7 +184,10 @@ def is_there(target, rows, conflicts):
             return False
     wanted = {(row["split"], row["file"]) for row in rows}
     wanted |= {(split, name.replace("_image.png", "_mask.png")) for split, name in wanted}
-    return wanted == {(s, name) for s in SPLITS if (target / s).is_dir() for name in os.listdir(target / s)}
+    if wanted != {(s, name) for s in SPLITS if (target / s).is_dir() for name in os.listdir(target / s)}:
+        return False
+    stats = ((os.stat(target / split / name), os.stat(source / name)) for split, name in wanted)
+    return all((a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns) for a, b in stats)  # links, copies
 
 
 def get_parser():
@@ -222,11 +225,13 @@ def main(args):
     check_writable("--output", target)
     faces = list_pairs(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for old in target.parent.glob(f".old-{target.name}-*/{target.name}"):  # a kill while it was replaced
+    for old in target.parent.glob(
+        f".old-{target.name}-????????/{target.name}"
+    ):  # a kill while it was replaced
         if not target.exists():
             old.rename(target)
     for kind in ("old", "tmp"):
-        for leftover in target.parent.glob(f".{kind}-{target.name}-*"):
+        for leftover in target.parent.glob(f".{kind}-{target.name}-????????"):
             shutil.rmtree(leftover)
     if (
         target.exists()
@@ -266,7 +271,7 @@ def main(args):
         for i, j, correlation in sorted(pairs)
         if faces[i].age != faces[j].age
     ]
-    there = is_there(target, rows, conflicts)
+    there = is_there(source, target, rows, conflicts)
     if not there and (target / "split.csv").exists() and not args.overwrite:
         raise UserError(f"--output {target} was made from other faces or settings: --overwrite replaces it")
     if not there:

@@ -1,6 +1,7 @@
 import csv
 import os
 import random
+import shutil
 
 import cv2
 import numpy as np
@@ -135,6 +136,13 @@ def test_rerun_and_overwrite(tmp_path, cli, refuse):
     refuse("split", *flags, words=["--overwrite"])  # no longer whole
     assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
     assert tree(target) != before
+    mask = next((target / "train").glob("*_mask.png"))
+    write_pair(tmp_path / "new", mask.name.removesuffix("_mask.png"), np.zeros((40, 40, 3), np.uint8))
+    os.replace(tmp_path / "new" / mask.name, source / mask.name)  # as masks.py --overwrite does
+    refuse("split", *flags, "--seed", 5, words=["--overwrite"])
+    assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
+    assert mask.read_bytes() == (source / mask.name).read_bytes()
+    shutil.rmtree(tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["processed", "split"]
 
 
