@@ -13,6 +13,7 @@ Python (see `load` and `predict`):
     faces = predict(model, image)  # uint8 RGB (H, W, 3) → a list of `Prediction`
 """
 
+import copy
 import json
 import os
 import sys
@@ -190,7 +191,7 @@ def score(loaded, crops, batch_size=256):
     for batch in torch.from_numpy(crops).split(batch_size):
         with autocast(loaded.device, loaded.dtype):
             logits, mask_logits = loaded.model(to_input(batch, loaded.device))  # B×6, B×1×S×S
-        probabilities.append(logits.double().softmax(dim=1).cpu().numpy())
+        probabilities.append(logits.cpu().double().softmax(dim=1).numpy())
         if mask_logits is not None:
             masks.append(mask_logits[:, 0].float().sigmoid().cpu().numpy())
     return np.concatenate(probabilities), np.concatenate(masks) if masks else None
@@ -334,9 +335,15 @@ def draw_overlay(image, crops, probabilities, masks):
     return picture
 
 
-def write_picture(picture, folder, path, top):
-    """Saves a PIL picture in `folder` as `path` lies below `top`."""
-    with atomic_path(Path(folder) / path.absolute().relative_to(top)) as temporary:
+def overlay_path(path, args, top):
+    """Where the overlay of the picture at `path` goes: in --overlay as the picture lies below `top`."""
+    name = path.name + ("" if path.suffix.lower() in SUFFIXES else ".png")
+    return Path(args.overlay, os.path.relpath(path.with_name(name), top))
+
+
+def write_picture(picture, path):
+    """Saves a PIL picture."""
+    with atomic_path(path) as temporary:
         picture.save(temporary, quality=92)
 
 
@@ -372,7 +379,7 @@ def export(loaded, path):
         import onnxscript  # noqa: F401, which torch's exporter needs
     except ImportError as error:
         raise UserError(f"--export needs {error.name}: pip install onnx onnxscript") from None
-    model = ExportedModel(loaded.model.cpu().float()).eval()
+    model = ExportedModel(copy.deepcopy(loaded.model).cpu().float()).eval()
     images = torch.zeros(2, 3, loaded.image_size, loaded.image_size)
     outputs = ["probabilities", "masks"][: 1 + (loaded.model.decoder is not None)]
     shapes = {"images": {0: torch.export.Dim("batch")}}
@@ -474,8 +481,10 @@ def main(args):
             path = Path(getattr(args, flag))
             check_writable(f"--{flag}", path if flag in ("overlay", "masks") else path.parent)
     paths = list_pictures(args.inputs)
-    top = os.path.commonpath([path.absolute().parent for path in paths]) if paths else "."
-    if args.overlay and Path(args.overlay).resolve() == Path(top).resolve():
+    top = os.path.commonpath([os.path.abspath(path.parent) for path in paths]) if paths else "."
+    if args.overlay and {path.resolve() for path in paths} & {
+        overlay_path(path, args, top).resolve() for path in paths
+    }:
         raise UserError(
             f"--overlay {args.overlay} would replace the pictures themselves: name another folder"
         )
@@ -511,11 +520,11 @@ def main(args):
             if args.masks:
                 mask = place_mask(picture.masks[i], crop.warp, picture.shape).astype(np.uint8) * 255
                 name = f"{picture.path.name}_{i}_mask.png"
-                write_picture(Image.fromarray(mask), args.masks, picture.path.with_name(name), top)
+                path = Path(args.masks, os.path.relpath(picture.path.with_name(name), top))
+                write_picture(Image.fromarray(mask), path)
         if args.overlay:
             drawn = draw_overlay(picture.image, picture.crops, picture.probabilities, picture.masks)
-            name = picture.path.name + ("" if picture.path.suffix.lower() in SUFFIXES else ".png")
-            write_picture(drawn, args.overlay, picture.path.with_name(name), top)
+            write_picture(drawn, overlay_path(picture.path, args, top))
 
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)

@@ -215,11 +215,12 @@ def test_from_python(model):
             predict.predict(loaded, wrong)
 
 
-def test_export_runs_elsewhere(model, tmp_path, cli):
+def test_export_runs_elsewhere(drawn, model, tmp_path, cli):
     """OpenCV and onnxruntime give what PyTorch gives, for batches of any size, from one file."""
     runtime = pytest.importorskip("onnxruntime")
-    code, out, _ = cli("predict", "--export", tmp_path / "m.onnx", "--checkpoint", model, *CPU)
-    assert code == 0 and "m.onnx written" in out
+    flags = ["--checkpoint", model, *CPU]
+    code, out, _ = cli("predict", a_face(drawn), "--export", tmp_path / "m.onnx", *flags)
+    assert code == 0 and "m.onnx written" in out and "1 faces in 1 pictures" in out
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
     properties = {prop.key: prop.value for prop in onnx.load(tmp_path / "m.onnx").metadata_props}
     assert properties["groups"].split(",") == GROUP_NAMES
@@ -321,6 +322,13 @@ def test_bad_input(model, tmp_path, cli, refuse):
         "predict", picture, *flags, "--detector", tmp_path / "y.onnx", words=["y.onnx is no face detector"]
     )
     refuse("predict", picture, *flags, "--overlay", tmp_path, words=["--overlay", "replace the pictures"])
+    (tmp_path / "here").mkdir()
+    shutil.copy(picture, tmp_path / "here")
+    for inputs, folder, cwd in (
+        ([f"../{picture.name}", picture.name], "..", tmp_path / "here"),
+        ([picture.name, f"here/{picture.name}"], "here", tmp_path),
+    ):
+        refuse("predict", *inputs, *flags, "--overlay", folder, words=["replace the pictures"], cwd=cwd)
     refuse("predict", picture, *flags, "--csv", picture / "f.csv", words=["--csv"])
     (tmp_path / "broken.jpg").write_text("no picture")
     _, _, err = cli("predict", tmp_path / "broken.jpg", *flags)
