@@ -536,12 +536,14 @@ def print_one(scored, args):
 
 def describe(checkpoint):
     """What a model was made with, its seed apart: the table's first three columns, and all other settings."""
-    config, pretraining = dict(checkpoint["config"]), checkpoint["pretraining"]
+    config, pretraining = dict(checkpoint["config"]), dict(checkpoint["pretraining"])
     start = config.pop("init", "")
     if "positives" in pretraining:
         start = f"contrastive ({pretraining['positives']})"
         if pretraining.get("init") == "imagenet":
             start = f"ImageNet, then {start}"
+        if pretraining.get("init") in ("random", "imagenet"):
+            del pretraining["init"]
     elif pretraining:
         start = "fine-tuned"
     config.pop("seed", None)
@@ -551,9 +553,7 @@ def describe(checkpoint):
         "Pretrained weights": "ImageNet" if start == "imagenet" else start,
     }
     config |= {
-        f"pretraining {key}": value
-        for key, value in pretraining.items()
-        if key not in ("seed", "init", "positives")
+        f"pretraining {key}": value for key, value in pretraining.items() if key not in ("seed", "positives")
     }
     return row, config
 
@@ -616,6 +616,12 @@ def markdown(header, rows):
 def write_table(many, args):
     """The table over configurations and, between those that differ in one respect, the differences."""
     configurations, shared = group_by_configuration(many)
+    for _, runs in configurations:
+        if len({seed_of(scored) for scored in runs}) < len(runs):
+            names = ", ".join(str(scored.path) for scored in runs)
+            print(
+                f"warning: taken for seeds of one configuration, two of them alike: {names}", file=sys.stderr
+            )
     faces = f"{len(many[0].files)} faces of {args.data}/{args.split}"
     header = [*configurations[0][0], *COLUMNS.values(), "Seeds"]
     rows = [
@@ -699,10 +705,10 @@ def main(args):
             "subgroups.png, reliability.png, mistakes.png"
         )
         return
-    many, top = [], os.path.commonpath([path.absolute().parent for path in paths])
+    many, top = [], os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     for path in progress(paths, "models", unit="model"):
         scored = predict(path, args, device, datasets)
-        evaluate(scored, out / path.absolute().relative_to(top).with_suffix(""), args)
+        evaluate(scored, out / Path(os.path.relpath(path, top)).with_suffix(""), args)
         low, high = scored.intervals["accuracy"]
         print(f"{path}: accuracy {scored.metrics['accuracy']:.2%} [{low:.2%}, {high:.2%}]")
         many.append(scored)
