@@ -321,7 +321,7 @@ def run_stage(script, *flags, cwd):
 
 def measure_growth(rows, args, scratch):
     """Time and memory of each stage, with one epoch of training, on part of --data and on all of it."""
-    if not args.data or not tarfile.is_tarfile(args.data):
+    if not args.data or not Path(args.data).is_file() or not tarfile.is_tarfile(args.data):
         raise UserError("--only growth needs faces: name UTKFace.tar.gz with --data")
     with tarfile.open(args.data) as archive:
         members = [member for member in archive if member.isfile()]
@@ -351,7 +351,8 @@ def measure_growth(rows, args, scratch):
 def get_parser():
     parser = script_parser("benchmark", __doc__)
     parser.add_argument(
-        "--data", help="folder of pairs written by masks.py; faces are drawn if none is named"
+        "--data",
+        help="folder of pairs written by masks.py, or for growth UTKFace's archive; drawn faces by default",
     )
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, help="parts to measure; the first five if none is named"

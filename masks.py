@@ -26,6 +26,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common import (
+    PIXEL_MEAN,
+    PIXEL_STD,
     UserError,
     atomic_path,
     check_writable,
@@ -120,7 +122,6 @@ def grabcut_mask(image: np.ndarray, seed: int = 0) -> np.ndarray:
 
 PARSER_INPUT, PARSER_OUTPUT = (1, 3, 512, 512), (1, 19, 512, 512)
 FACE_CLASSES = (1, 13)  # first and last: skin, brows, eyes, glasses, ears, earrings, nose, mouth, lips
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB
 
 
 def network_logits(network: cv2.dnn.Net, blob: np.ndarray) -> np.ndarray:
@@ -132,7 +133,7 @@ def network_logits(network: cv2.dnn.Net, blob: np.ndarray) -> np.ndarray:
 def network_mask(image: np.ndarray, network: cv2.dnn.Net) -> np.ndarray:
     """Face mask, uint8 0/255 (H, W), of an image, uint8 BGR (H, W, 3): where a face's class is likeliest."""
     rgb = cv2.cvtColor(cv2.resize(image, PARSER_INPUT[2:]), cv2.COLOR_BGR2RGB)
-    blob = ((rgb / 255 - IMAGENET_MEAN) / IMAGENET_STD).astype(np.float32).transpose(2, 0, 1)[None]
+    blob = ((rgb / 255 - PIXEL_MEAN) / PIXEL_STD).astype(np.float32).transpose(2, 0, 1)[None]
     classes = network_logits(network, np.ascontiguousarray(blob))[0].argmax(0)  # 512x512
     mask = cv2.inRange(classes.astype(np.uint8), *FACE_CLASSES)
     mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_AREA)
