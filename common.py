@@ -119,7 +119,7 @@ def number(kind: type, low=-math.inf, high=math.inf, above=-math.inf):
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high and value > above):
+        if not (low <= value <= high and value > above and abs(value) < math.inf):
             bounds = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
             bounds += [f"at most {high}"] * (high < math.inf)
             raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
@@ -143,11 +143,11 @@ def script_parser(script: str, description: str) -> Parser:
         f"{script}.py", description=description, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with defaults for these flags")
-    parser.add_argument("--seed", type=number(int, low=0), default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of everything random")
     parser.add_argument(
         "--workers", type=number(int, low=0), default=os.cpu_count(), help="parallel workers (cores)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing pairs, split or run")
     return parser
 
 
@@ -203,17 +203,22 @@ def read_config(path: str, parser: Parser) -> list[str]:
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path} must hold `flag: value` lines")
     flags = {option: action for action in parser._actions for option in action.option_strings}
-    settings = {key: value for key, value in loaded.items() if key not in SCRIPTS}
-    section = loaded.get(parser.prog.removesuffix(".py")) or {}
+    script = parser.prog.removesuffix(".py")
+    section = loaded.pop(script, None) or {}
     if not isinstance(section, dict):
-        raise UserError(
-            f"--config {path}: section {parser.prog.removesuffix('.py')!r} must hold `flag: value` lines"
-        )
+        raise UserError(f"--config {path}: section {script!r} must hold `flag: value` lines")
+    settings = {  # --split and --masks are flags, too
+        key: value
+        for key, value in loaded.items()
+        if key not in SCRIPTS or not isinstance(value, dict | None)
+    }
     arguments = []
     for key, value in {**settings, **section}.items():
         flag = "--" + str(key).replace("_", "-")
         if flag not in flags or flag in ("--config", "--help"):
             raise UserError(f"--config {path}: unknown key {key!r}; see {parser.prog} -h for the flags")
+        if value is None:
+            raise UserError(f"--config {path}: {key} has no value: give one, or leave the line out")
         if flags[flag].nargs == 0:  # a switch, perhaps with a --no- twin
             if not isinstance(value, bool):
                 raise UserError(f"--config {path}: {key} must be true or false, not {value!r}")
@@ -365,8 +370,12 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
         raise ValueError("unreadable image") from None
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels, above {MAX_PIXELS // 10**6} million")
-    if ENDS.get(form, b"") not in data[-1024:]:
-        raise ValueError("truncated image")
+    if ENDS.get(form, b"") not in data[-1024:]:  # truncated, or something was appended: slow to tell
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                picture.load()
+        except Exception:
+            raise ValueError("truncated image") from None
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
@@ -822,6 +831,7 @@ def train_loader(
         collate_fn=whole_batch,
         num_workers=workers,
         worker_init_fn=partial(start_worker, give_way=device.type == "cpu"),
+        generator=torch.Generator(),  # its own, lest the workers' number change what others draw
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         # Forked workers start at once, with the pictures as they lie in memory.
@@ -1016,9 +1026,9 @@ def predict_dataset(model, dataset: FaceDataset, device, dtype, batch_size: int 
 
 
 def mask_overlap(predicted: Tensor, truth: Tensor) -> Tensor:
-    """IoU and Dice of boolean masks (B, H, W) each: float64 (B, 2); two empty masks agree perfectly."""
-    both = (predicted & truth).sum(dim=(1, 2)).double()
-    either = (predicted | truth).sum(dim=(1, 2)).double()
+    """IoU and Dice of boolean masks (B, H, W) each: float64 (B, 2) on the CPU; two empty masks agree."""
+    both = (predicted & truth).sum(dim=(1, 2)).cpu().double()
+    either = (predicted | truth).sum(dim=(1, 2)).cpu().double()
     iou = torch.where(either > 0, both / either.clamp(min=1), 1.0)
     return torch.stack([iou, 2 * iou / (1 + iou)], dim=1)
 
@@ -1156,7 +1166,7 @@ def build_param_groups(
     model: nn.Module,
     lr: float,
     strategy: str = "uniform",
-    backbone_lr_scale: float = 0.1,
+    backbone_lr_scale: float = 0.3,
     weight_decay: float = 0.0,
 ) -> list[dict]:
     """Optimizer groups: every parameter in exactly one, none for biases and norms in `weight_decay`.
@@ -1231,6 +1241,8 @@ def start_training(
     if state is None:
         seen, training.pretraining = start
         training.seen = torch.cat([seen, hashes]).unique()
+        if not rank():
+            last_path(args.out).unlink(missing_ok=True)  # of a run that is being overwritten
     else:
         last = last_path(args.out)
         if not torch.equal(state["hashes"], hashes):
@@ -1241,10 +1253,10 @@ def start_training(
             for name in parts_with_state(training):
                 getattr(training, name).load_state_dict(state[name])
             torch.set_rng_state(state["rng"])
+            for name in PLACE:
+                setattr(training, name, state[name])
         except (RuntimeError, ValueError, KeyError, TypeError):
             raise UserError(f"{last} does not fit the model: --overwrite starts again") from None
-        for name in PLACE:
-            setattr(training, name, state[name])
     # The first process saves and goes; the others must not go before it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN if rank() else lambda *_: setattr(training, "stop", True))
     return training
@@ -1423,7 +1435,7 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
         raise UserError(f"--out {out} is a folder: name a file in it, such as {out / f'{kind}.pt'}")
     if not rank():
         for name in (out, last):  # of a run that was killed
-            for leftover in out.parent.glob(f".tmp-{name.stem}-*"):
+            for leftover in out.parent.glob(f".tmp-{name.stem}-????????{name.suffix}"):
                 leftover.unlink(missing_ok=True)
     if args.overwrite:
         if args.resume:

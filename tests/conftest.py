@@ -59,7 +59,7 @@ def shell(script, *arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-COMMAND = re.compile(r"(?:\bpython|\btorchrun[^\n`]*?|\$\(SCRIPT\)/?) ?(?:\.\./)*(\w+)\.py\b([^\n`#|]*)")
+COMMAND = re.compile(r"(?:\bpython|\btorchrun[^\n`]*?) (?:(?:\.\./)*|/\S*/)(\w+)\.py\b([^\n`#|]*)")
 
 
 def commands(text):

@@ -105,10 +105,12 @@ def test_a_split_killed_while_it_is_replaced_is_still_there(tmp_path, cli):
     flags = ["--input", tmp_path / "p", "--output", tmp_path / "s"]
     assert cli("split", *flags)[0] == 0
     before = files(tmp_path / "s")
-    (tmp_path / ".old-s-x").mkdir()
-    (tmp_path / "s").rename(tmp_path / ".old-s-x/s")  # as far as a kill may let it come
+    (tmp_path / ".old-s-abcdefgh").mkdir()
+    (tmp_path / "s").rename(tmp_path / ".old-s-abcdefgh/s")  # as far as a kill may let it come
+    (tmp_path / ".tmp-s-b-abcdefgh").mkdir()  # another split, being written
     assert cli("split", *flags)[0] == 0
-    assert files(tmp_path / "s") == before and sorted(os.listdir(tmp_path)) == ["p", "s"]
+    assert files(tmp_path / "s") == before
+    assert sorted(os.listdir(tmp_path)) == [".tmp-s-b-abcdefgh", "p", "s"]
 
 
 def test_sigterm_saves_and_stops(drawn, tmp_path, cli, monkeypatch):
@@ -236,6 +238,7 @@ def pictures():
         "cmyk.jpg": encoded(face.convert("CMYK"), "JPEG"),
         "palette.png": encoded(face.convert("P"), "PNG"),
         "exif.jpg": encoded(face, "JPEG", exif=turned),
+        "appended.jpg": jpeg + bytes(2000),  # as phones do with the film of a live photograph
         "lossless.webp": encoded(face, "WEBP", lossless=True),
     }
     bad = {
@@ -336,18 +339,33 @@ def test_damaged_checkpoints_are_named(drawn, tmp_path, cli, refuse):
         torch.save(content | {key: value}, tmp_path / "bad.pt")
         refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["bad.pt is damaged"])
     state = torch.load(tmp_path / "m.last.pt", weights_only=True)
-    torch.save(state | {"model": {"head.weight": torch.zeros(1)}}, tmp_path / "m.last.pt")
-    refuse(
-        "finetune",
-        *data,
+    flags = [*data, *TRAINING, "--epochs", 1, "--out", good]
+    damaged = [state | {"model": {"head.weight": torch.zeros(1)}}]
+    damaged += [{key: value for key, value in state.items() if key != "best"}]
+    for content in damaged:
+        torch.save(content, tmp_path / "m.last.pt")
+        refuse("finetune", *flags, "--resume", words=["m.last.pt does not fit"])
+
+
+def test_a_run_that_was_being_overwritten_does_not_come_back(drawn, tmp_path, cli, monkeypatch):
+    flags = [
+        "--data",
+        drawn / "dataset/processed_split",
         *TRAINING,
         "--epochs",
         1,
         "--out",
-        good,
-        "--resume",
-        words=["m.last.pt does not fit"],
-    )
+        tmp_path / "m.pt",
+    ]
+    assert cli("finetune", *flags)[0] == 0
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train_one_epoch", killed)
+        assert cli("finetune", *flags, "--overwrite")[0] == 130
+    assert not (tmp_path / "m.last.pt").exists()
 
 
 def test_wrong_use_is_seen_before_any_work(drawn, tmp_path, refuse, monkeypatch):

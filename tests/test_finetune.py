@@ -169,9 +169,11 @@ def test_recipe_resumes_to_the_same_average(drawn, tmp_path, cli, monkeypatch):
     stop = calls + calls * 3 // 4
 
     out = tmp_path / "cut.pt"
-    assert cli("finetune", *flags, "--out", out, "--save-every-steps", 4)[0] == 130
+    assert cli("finetune", *flags, "--out", out, "--save-every-steps", 1, "--workers", 1)[0] == 130
+    state = load_checkpoint(tmp_path / "cut.last.pt", "model.last")
+    assert (state["epoch"], state["step"]) == (1, 2)
     stop = 0
-    assert cli("finetune", *flags, "--out", out, "--resume")[0] == 0
+    assert cli("finetune", *flags, "--out", out, "--resume", "--workers", 1)[0] == 0
     whole, cut = (load_checkpoint(tmp_path / f"{name}.pt", "model") for name in ("whole", "cut"))
     assert whole["split"] == {
         "seed": 0, "fractions": [0.7, 0.1, 0.2], "near_duplicate": 0.98, "random": False
@@ -183,8 +185,6 @@ def test_recipe_resumes_to_the_same_average(drawn, tmp_path, cli, monkeypatch):
     assert not torch.equal(kept, trained) and whole["config"]["flip_averaging"]
     assert torch.equal(whole["weights"]["head.weight"], kept.half())
     assert out.stat().st_size < 25e6
-    if last["best"]["epoch"] == 2:
-        assert torch.equal(kept, last["average"]["module.head.weight"])
 
 
 def test_every_head_learns_under_every_recipe():

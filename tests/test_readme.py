@@ -43,4 +43,7 @@ def test_readme_names_every_script_config_and_target():
     assert targets >= {"run", "test", "table", "soak"}
     for target in targets:
         command = ["make", "-n", target, "DATA=faces.tar.gz"]
-        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0, target
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, target
+        for script, arguments in commands(done.stdout):
+            parse_args(importlib.import_module(script).get_parser(), arguments)
