@@ -1233,8 +1233,10 @@ def start_training(
     )  # fmt: skip
     if vars(args).get("ema"):
         # Early on the average would be of weights that have hardly begun to learn: it starts short.
+        steps = len(loader)
+
         def update(averaged, current, count):
-            done = training.epoch * len(loader) + training.step
+            done = training.epoch * steps + training.step
             get_ema_multi_avg_fn(min(args.ema, done / (10 + done)))(averaged, current, count)
 
         training.average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
@@ -1336,6 +1338,8 @@ def finish_epoch(training: SimpleNamespace, row: dict):
     save_training(training)
     if not rank():
         write_csv(Path(training.args.out).with_suffix(".csv"), training.history)
+    if training.epoch == training.args.epochs:
+        training.loader = None  # its workers end now, lest torch report that they were killed at exit
 
 
 def save_training(training: SimpleNamespace):

@@ -1,4 +1,5 @@
 import csv
+import multiprocessing
 import shutil
 from argparse import Namespace
 from types import SimpleNamespace
@@ -172,8 +173,9 @@ def test_recipe_resumes_to_the_same_average(drawn, tmp_path, cli, monkeypatch):
     assert cli("finetune", *flags, "--out", out, "--save-every-steps", 1, "--workers", 1)[0] == 130
     state = load_checkpoint(tmp_path / "cut.last.pt", "model.last")
     assert (state["epoch"], state["step"]) == (1, 2)
-    stop = 0
+    stop, before = 0, multiprocessing.active_children()
     assert cli("finetune", *flags, "--out", out, "--resume", "--workers", 1)[0] == 0
+    assert {*multiprocessing.active_children()} <= {*before}  # torch would report their end at exit
     whole, cut = (load_checkpoint(tmp_path / f"{name}.pt", "model") for name in ("whole", "cut"))
     assert whole["split"] == {
         "seed": 0, "fractions": [0.7, 0.1, 0.2], "near_duplicate": 0.98, "random": False
