@@ -1243,8 +1243,8 @@ def start_training(
     if state is None:
         seen, training.pretraining = start
         training.seen = torch.cat([seen, hashes]).unique()
-        if not rank():
-            last_path(args.out).unlink(missing_ok=True)  # of a run that is being overwritten
+        if vars(args).get("overwrite") and not rank():
+            last_path(args.out).unlink(missing_ok=True)  # lest --resume bring back what was overwritten
     else:
         last = last_path(args.out)
         if not torch.equal(state["hashes"], hashes):

@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from evaluate import (
     calibration_error,
     compare,
     compute_metrics,
+    group_by_configuration,
     interval,
     rates,
     read_split_table,
@@ -377,12 +379,9 @@ def test_models_of_one_name_and_other_settings(drawn, model, tmp_path, cli, refu
     assert cli("evaluate", *paths, *flags)[0] == 0
     table = read_table(tmp_path / "r/table.md", "LR strategy")
     assert [row["Other settings"] for row in table] == ["mixup 0", "mixup unset"]
-    for path, init in zip(paths, ("a.pt", "b.pt")):
-        content = torch.load(model, weights_only=True)
-        torch.save(content | {"pretraining": {"init": init}}, path)
-    assert cli("evaluate", *paths, *flags)[0] == 0
-    table = read_table(tmp_path / "r/table.md", "LR strategy")
-    assert [row["Other settings"] for row in table] == ["pretraining init a.pt", "pretraining init b.pt"]
+    started = [SimpleNamespace(checkpoint=older | {"pretraining": {"init": init}}) for init in ("a", "b")]
+    rows = group_by_configuration(started)[0]
+    assert [columns["Other settings"] for columns, _ in rows] == ["pretraining init a", "pretraining init b"]
     code, _, err = cli("evaluate", *[shutil.copy(model, path) for path in paths], *flags)
     assert code == 0 and err.startswith("warning: taken for seeds of one configuration, two of them alike")
     refuse("evaluate", *[model.with_suffix(".last.pt")] * 2, *flags, words=["model.last checkpoint"])
