@@ -276,7 +276,8 @@ def measure_evaluation(rows, folder, args, scratch, device, dtype):
     batch = to_input(dataset.images[:256], device)
     crops = [scratch / f"{face.stem}.jpg" for face in dataset.faces]
     for face, path in zip(dataset.faces, crops):
-        cv2.imwrite(str(path), read_image(folder / f"{face.stem}_image.png"), [cv2.IMWRITE_JPEG_QUALITY, 95])
+        image = read_image(folder / f"{face.stem}_image.png")
+        cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 75])  # that of UTKFace's own files
     loaded = Namespace(model=model, image_size=args.image_size, device=device, dtype=dtype, detect=None)
 
     @torch.inference_mode()
