@@ -1,6 +1,6 @@
 # make run                            the five stages on drawn faces, at CPU size, in runs/synthetic
 # make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
-# make best DATA=path/UTKFace.tar.gz  the recipe for release, in runs/best
+# make best DATA=path/UTKFace.tar.gz  the recipe of the released model, in runs/best
 # make table DATA=path/UTKFace.tar.gz every row of the results table, in runs/utkface; wants a GPU. At CPU size:
 #                                     make table DATA=... FLAGS='--config $(CURDIR)/configs/table_small.yaml'
 # make test                           the test suite
