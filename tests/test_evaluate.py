@@ -375,13 +375,13 @@ def test_models_of_one_name_and_other_settings(drawn, model, tmp_path, cli, refu
     assert (tmp_path / "r/x/model/metrics.json").is_file() and (tmp_path / "r/y/model").is_dir()
     older = torch.load(paths[1], weights_only=True)
     del older["config"]["mixup"]
-    torch.save(older, paths[0])
-    assert cli("evaluate", *paths, *flags)[0] == 0
-    table = read_table(tmp_path / "r/table.md", "LR strategy")
-    assert [row["Other settings"] for row in table] == ["mixup 0", "mixup unset"]
-    started = [SimpleNamespace(checkpoint=older | {"pretraining": {"init": init}}) for init in ("a", "b")]
-    rows = group_by_configuration(started)[0]
-    assert [columns["Other settings"] for columns, _ in rows] == ["pretraining init a", "pretraining init b"]
+    newer = torch.load(paths[1], weights_only=True)
+    for pair, settings in (
+        ([newer, older], ["mixup 0", "mixup unset"]),
+        ([older | {"pretraining": {"init": init}} for init in "ab"], [f"pretraining init {i}" for i in "ab"]),
+    ):
+        rows = group_by_configuration([SimpleNamespace(checkpoint=checkpoint) for checkpoint in pair])[0]
+        assert [columns["Other settings"] for columns, _ in rows] == settings
     code, _, err = cli("evaluate", *[shutil.copy(model, path) for path in paths], *flags)
     assert code == 0 and err.startswith("warning: taken for seeds of one configuration, two of them alike")
     refuse("evaluate", *[model.with_suffix(".last.pt")] * 2, *flags, words=["model.last checkpoint"])
