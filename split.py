@@ -225,10 +225,8 @@ def main(args):
     check_writable("--output", target)
     faces = list_pairs(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for old in target.parent.glob(
-        f".old-{target.name}-????????/{target.name}"
-    ):  # a kill while it was replaced
-        if not target.exists():
+    for old in target.parent.glob(f".old-{target.name}-????????/{target.name}"):
+        if not target.exists():  # after a kill while it was replaced
             old.rename(target)
     for kind in ("old", "tmp"):
         for leftover in target.parent.glob(f".{kind}-{target.name}-????????"):
