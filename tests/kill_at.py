@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 at, events = int(sys.argv[1]), 0
 
 
