@@ -33,7 +33,7 @@ def test_the_readme_from_drawn_faces_to_predictions(tmp_path, cli):
     assert len(on_pictures) == 2
     for script, arguments in on_pictures:
         code, out, err = cli(script, *arguments, cwd=tmp_path)
-        assert code == 0 and out.startswith("model: model.pt\n"), err
+        assert code == 0 and err == "" and out.startswith("model: model.pt\n"), err
     metrics = json.loads((tmp_path / "results/metrics.json").read_text())
     assert metrics["n"] >= 45
     assert metrics["balanced_accuracy"]["ci95"][0] > 1 / 6  # chance
