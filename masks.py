@@ -25,20 +25,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import (
-    PIXEL_MEAN,
-    PIXEL_STD,
-    UserError,
-    atomic_path,
-    check_writable,
-    decode_image,
-    parse_name,
-    progress,
-    read_image,
-    run,
-    script_parser,
-    write_csv,
-)
+from cli import UserError, atomic_path, check_writable, progress, run, script_parser, write_csv
+from utkface import PIXEL_MEAN, PIXEL_STD, decode_image, parse_name, read_image
 
 # ------------------------------------------------------------------------------------------------------------
 # Default parser: GrabCut, then the face oval that explains its labels best

@@ -1,11 +1,12 @@
-"""Pretrains the backbone by contrast: views of one face (or faces of one age) attract, all others repel.
+"""Pretrains the backbone by contrast on the train split.
 
     python pretrain.py --epochs 100
-    python pretrain.py --positives age --init imagenet
+    python pretrain.py --positives view --init imagenet
     torchrun --nproc-per-node=8 pretrain.py --batch-size 2048
 
-Writes the backbone alone (the projection head has done its work) to --out, and beside it a history CSV,
-curves, and `.last.pt` for --resume.
+--positives rank orders faces by age (Rank-N-Contrast), age attracts faces of one age, view attracts two views
+of one face (SimCLR). Writes the backbone alone to --out, and beside it a history CSV, curves, and `.last.pt`
+for --resume.
 """
 
 import math
@@ -17,56 +18,64 @@ from pathlib import Path
 from torch import nn
 from torchvision.models import resnet18
 
+from cli import beside, number, run, write_csv
 from common import (
     CONTRASTIVE_VIEW,
     FaceDataset,
-    add_training_flags,
     age_contrastive_loss,
     build_param_groups,
-    check_batch_size,
-    choose_device,
-    choose_precision,
-    finish_epoch,
     init_backbone,
-    join_processes,
-    list_pairs,
     nt_xent_loss,
-    number,
+    rank,
+    rank_contrastive_loss,
+    save_checkpoint,
+    set_seed,
+)
+from training import (
+    begin_training,
+    finish_epoch,
+    join_processes,
+    leave_processes,
+    lineage,
     open_run,
     plot_history,
-    rank,
-    run,
-    save_checkpoint,
-    script_parser,
-    set_seed,
-    start_training,
     train_one_epoch,
-    write_csv,
+    training_parser,
 )
+
+TEMPERATURES = {"rank": 2.0, "age": 0.07, "view": 0.07}
 
 
 class ContrastiveResNet18(nn.Module):
-    """The backbone and a 2-layer projection head (Chen et al. 2020, section 4.2): (B, 3, H, W) → (B, 128)."""
+    """The backbone and, if `projects`, a 2-layer projection head (Chen et al. 2020, section 4.2).
 
-    def __init__(self):
+    Images (B, 3, H, W) → (B, 128), or the backbone's own features (B, 512).
+    """
+
+    def __init__(self, projects: bool = True):
         super().__init__()
         self.backbone = resnet18()
         self.backbone.fc = nn.Identity()
         self.projection = nn.Sequential(
             nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
         )
+        if not projects:
+            self.projection = nn.Identity()
 
     def forward(self, images):
-        return self.projection(self.backbone(images))  # B×512 → B×128
+        return self.projection(self.backbone(images))  # B×512 → B×128 or B×512
 
 
 def contrastive_loss(model, batch, args):
     """The loss, in nats, of a batch of two views in a row of each face: (1,)."""
-    z = model(batch["image"])  # 2B×3×H×W → 2B×128
+    z, ages = model(batch["image"]), batch["age"]  # 2B×3×H×W → 2B×128 or 2B×512
+    temperature = args.temperature or TEMPERATURES[args.positives]
     if args.positives == "view":
-        loss = nt_xent_loss(z[0::2], z[1::2], args.temperature)
+        loss = nt_xent_loss(z[0::2], z[1::2], temperature)
+    elif args.positives == "age":
+        loss = age_contrastive_loss(z, ages, temperature, args.sigma)
     else:
-        loss = age_contrastive_loss(z, batch["age"], args.temperature, args.sigma)
+        loss = rank_contrastive_loss(z, ages, temperature)
     return loss[None]
 
 
@@ -82,70 +91,52 @@ def warn_of_odd_start(first_loss, batch_size):
 
 
 def get_parser():
-    parser = script_parser("pretrain", __doc__)
-    add_training_flags(
-        parser, "contrastive.pt", "random", epochs=100, batch_size=256, lr=1e-3, image_size=128
+    parser = training_parser(
+        "pretrain", __doc__, out="contrastive.pt", init="random", epochs=100, batch_size=256
     )
-    parser.add_argument(
-        "--positives",
-        choices=["view", "age"],
-        default="view",
-        help="what attracts: two views of a face (SimCLR), or all faces of one age",
-    )
-    parser.add_argument(
-        "--temperature", type=number(float, above=0), default=0.07, help="of the contrastive loss"
-    )
-    parser.add_argument(
-        "--sigma",
-        type=number(float, above=0),
-        default=0.5,
-        help="for --positives age: negatives weigh e^(years apart / 50 sigma)",
-    )
+    # fmt: off
+    add, above_zero = parser.add_argument, number(float, above=0)
+    add("--positives", choices=["rank", "age", "view"], default="rank", help="what attracts, see above")
+    add("--temperature", metavar="T", type=above_zero, help="of the loss; by default 2 for rank, else 0.07")
+    add("--sigma", type=above_zero, default=0.5, help="for age: negatives weigh e^(years apart / 50 sigma)")
+    # fmt: on
     return parser
 
 
 def main(args):
-    device = join_processes(choose_device(args.device))
-    choose_precision(args.precision, device)
+    device = join_processes(args.device)
     state = open_run(args, "contrastive")
-    train = Path(args.data) / "train"
-    check_batch_size(args.batch_size, len(list_pairs(train, need_masks=False)))
-
+    folders = [Path(args.data) / name for name in ("train", "val")[: 1 + args.final]]
+    options = {"views": 2, "with_masks": False, "seed": args.seed, "workers": args.workers}
+    dataset = FaceDataset(folders, args.image_size, CONTRASTIVE_VIEW, **options)
     set_seed(args.seed)
-    model = ContrastiveResNet18()
-    start = None if state else init_backbone(model.backbone, args.init)
-    dataset = FaceDataset(
-        train, args.image_size, CONTRASTIVE_VIEW, views=2, with_masks=False,
-        seed=args.seed, workers=args.workers, on_device=device.type == "cuda",
-    )  # fmt: skip
+    model = ContrastiveResNet18(projects=args.positives != "rank")
+    origin = None if state else init_backbone(model.backbone, args.init)
     groups = build_param_groups(model, args.lr, weight_decay=args.weight_decay)
-    training = start_training(args, "contrastive", model, groups, dataset, device, state, start)
+    training = begin_training(args, "contrastive", model, groups, dataset, device, state, origin)
 
     for epoch in range(training.epoch, args.epochs):
-        began, begun = time.perf_counter(), training.step
+        start = time.perf_counter()
         losses = train_one_epoch(training, partial(contrastive_loss, args=args))[:, 0]
+        seconds = time.perf_counter() - start
         if epoch == 0 and args.positives == "view" and args.init == "random":
             warn_of_odd_start(losses[0].item(), args.batch_size)
         loss, lr = losses.mean().item(), training.schedule.get_last_lr()[0]
-        seconds = time.perf_counter() - began
-        speed = (len(losses) - begun) * args.batch_size / seconds
+        speed = len(losses) * args.batch_size / seconds
         print(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, {seconds:.0f} s, {speed:.0f} faces/s")
         finish_epoch(training, {"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": round(seconds, 1)})
 
-    if rank():
-        return
-    weights = {f"backbone.{key}": value.cpu() for key, value in model.backbone.state_dict().items()}
-    save_checkpoint(
-        args.out, "contrastive", args,
-        weights=weights, train_hashes=training.seen, pretraining=training.pretraining,
-    )  # fmt: skip
-    write_csv(Path(args.out).with_suffix(".csv"), training.history)
-    panels = {"contrastive loss": ["loss"], "learning rate": ["lr"]}
-    plot_history(Path(args.out).with_suffix(".png"), training.history, panels)
-    print(
-        f"{args.out} written: backbone after {args.epochs} epochs on {len(dataset)} faces "
-        f"at {args.image_size} px, loss {training.history[-1]['loss']:.4f}"
-    )
+    if not rank():
+        weights = {f"backbone.{key}": value.cpu() for key, value in model.backbone.state_dict().items()}
+        save_checkpoint(args.out, "contrastive", args, weights=weights, **lineage(training))
+        write_csv(beside(args.out, ".csv"), training.history)
+        panels = {"contrastive loss": ["loss"], "learning rate": ["lr"]}
+        plot_history(beside(args.out, ".png"), training.history, panels)
+        print(
+            f"{args.out} written: backbone after {args.epochs} epochs on {len(dataset)} faces "
+            f"at {args.image_size} px, loss {training.history[-1]['loss']:.4f}"
+        )
+    leave_processes()
 
 
 if __name__ == "__main__":

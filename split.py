@@ -20,34 +20,22 @@ import cv2
 import numpy as np
 import yaml
 
-from common import (
-    GROUP_NAMES,
-    UserError,
-    age_to_group,
-    check_writable,
-    list_pairs,
-    number,
-    progress,
-    read_image,
-    resize,
-    run,
-    script_parser,
-    write_csv,
-)
+from cli import UserError, check_writable, number, progress, run, script_parser, write_csv
+from utkface import GROUP_NAMES, age_to_group, list_pairs, read_image, resize
 
+CANDIDATE = 0.90  # correlation of thumbnails, mirrored or not, above which a pair is worth aligning
+AS_THEY_LIE = 0.98  # above which it needs no aligning
 SPLITS = ("train", "val", "test")
 COLUMNS = ["file", "split", "age", "gender", "race", "group", "duplicate_of"]
 CONFLICT_COLUMNS = ["file", "other", "age", "other_age", "correlation"]
 
 
 def read_thumbnails(folder, faces, workers):
-    """Checks each pair and reduces its image to a 32×32 grey thumbnail.
+    """Checks each pair and reduces its image to grey, uint8 (N, 64, 64).
 
-    Returns float32 (N, 1024), rows of zero mean and unit length (a flat picture is all zeros), so that the
-    product of two rows is their Pearson correlation. Raises UserError for a mask of another size than its
-    image.
+    Raises UserError for a mask of another size than its image.
     """
-    thumbnails = np.empty((len(faces), 32 * 32), np.float32)
+    thumbnails = np.empty((len(faces), 64, 64), np.uint8)
 
     def load(index):
         path = folder / f"{faces[index].stem}_image.png"
@@ -55,30 +43,74 @@ def read_thumbnails(folder, faces, workers):
         image = read_image(path, cv2.IMREAD_GRAYSCALE)
         if read_image(mask_path, cv2.IMREAD_GRAYSCALE).shape != image.shape:
             raise UserError(f"{mask_path} is not of its image's size: delete it and run masks.py again")
-        thumbnails[index] = resize(image, 32).ravel()
+        thumbnails[index] = resize(image, 64)
 
     with ThreadPool(max(workers, 1)) as pool:
         loading = pool.imap_unordered(load, range(len(faces)), chunksize=16)
         for _ in progress(loading, "thumbnails", len(faces), unit="face"):
             pass
-    thumbnails -= thumbnails.mean(axis=1, keepdims=True)
-    return thumbnails / np.maximum(np.linalg.norm(thumbnails, axis=1, keepdims=True), 1e-6)
+    return thumbnails
 
 
-def find_near_duplicates(thumbnails, threshold, block=2048):
-    """Pairs of rows that correlate above `threshold`, as a list of (i, j, correlation) with i < j.
+def unit_rows(images):
+    """(N, H, W) → float32 (N, H·W), rows of zero mean and unit length, whose products are correlations."""
+    rows = images.reshape(len(images), -1).astype(np.float32)
+    rows -= rows.mean(axis=1, keepdims=True)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
-    thumbnails: (N, D) unit rows. Compares block by block: time grows with N², memory with N.
+
+def aligned_correlation(image, other):
+    """Correlation of two grey images (H, W) where they overlap, once an affine map lays one on the other.
+
+    The map maximises the enhanced correlation coefficient (Evangelidis & Psarakis 2008); 0 if none does.
     """
-    pairs = []
-    starts = range(0, len(thumbnails), block)
+    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 50, 1e-4)
+    try:
+        warp = cv2.findTransformECC(image, other, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, stop)[1]
+    except cv2.error:  # it does not converge
+        return 0.0
+    size = image.shape[::-1]
+    moved = cv2.warpAffine(other, warp, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    inside = cv2.warpAffine(np.ones_like(other), warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
+    if inside.mean() < 0.5:
+        return 0.0
+    first, second = unit_rows(np.stack([image[inside > 0], moved[inside > 0]])[:, None])
+    return float(first @ second)
+
+
+def find_near_duplicates(thumbnails, threshold, workers=1, block=2048):
+    """Pairs that show one photograph, as a sorted list of (i, j, correlation, aligned) with i < j.
+
+    thumbnails: uint8 (N, 64, 64). A pair counts above `AS_THEY_LIE` at 32×32, or, mirrored or not, above
+    `threshold` once aligned. Compares block by block: time grows with N², memory with N.
+    """
+    small = np.stack([resize(thumbnail, 32) for thumbnail in thumbnails])
+    rows, mirrored = unit_rows(small), unit_rows(small[:, :, ::-1])
+    pairs, candidates = {}, []
+    starts = range(0, len(rows), block)
     blocks = [(top, left) for top in starts for left in starts if left >= top]
     for top, left in progress(blocks, "near-duplicates", unit="block"):
-        correlation = thumbnails[top : top + block] @ thumbnails[left : left + block].T  # block×block
-        for i, j in np.argwhere(correlation > threshold):
-            if top + i < left + j:
-                pairs.append((int(top + i), int(left + j), float(correlation[i, j])))
-    return pairs
+        for others in (rows, mirrored):
+            correlation = rows[top : top + block] @ others[left : left + block].T  # block×block
+            for i, j in np.argwhere(correlation > CANDIDATE):
+                pair = (int(top + i), int(left + j))
+                if pair[0] >= pair[1]:
+                    continue
+                if others is rows and correlation[i, j] > max(AS_THEY_LIE, threshold):
+                    pairs[pair] = (float(correlation[i, j]), False)
+                else:
+                    candidates.append((*pair, others is mirrored))
+
+    def align(candidate):
+        i, j, flip = candidate
+        return aligned_correlation(thumbnails[i], thumbnails[j][:, ::-1].copy() if flip else thumbnails[j])
+
+    with ThreadPool(max(workers, 1)) as pool:
+        aligned = pool.imap(align, candidates, chunksize=64)
+        for (i, j, _), correlation in zip(candidates, progress(aligned, "align", len(candidates))):
+            if correlation > threshold and ((i, j) not in pairs or pairs[i, j][1]):
+                pairs[i, j] = (max(correlation, pairs.get((i, j), (0,))[0]), True)
+    return [(*pair, *pairs[pair]) for pair in sorted(pairs)]
 
 
 def connect(count, pairs):
@@ -91,7 +123,7 @@ def connect(count, pairs):
             i = root[i]
         return i
 
-    for i, j, _ in pairs:
+    for i, j, *_ in pairs:
         low, high = sorted((find(i), find(j)))
         root[high] = low
     return np.array([find(i) for i in range(count)])
@@ -205,7 +237,7 @@ def get_parser():
     parser.add_argument(
         "--near-duplicate",
         type=number(float, low=0, high=1),
-        default=0.98,
+        default=0.975,
         help="correlation of 32x32 grey thumbnails above which two faces stay together",
     )
     parser.add_argument(
@@ -239,11 +271,16 @@ def main(args):
         raise UserError(f"--output {target} is there and is not a split: name another folder")
 
     thumbnails = read_thumbnails(source, faces, args.workers)
-    pairs = find_near_duplicates(thumbnails, args.near_duplicate)
+    pairs = find_near_duplicates(thumbnails, args.near_duplicate, args.workers)
     components = connect(len(faces), pairs)
     groups = age_to_group([face.age for face in faces])
-    units = np.arange(len(faces)) if args.random else components
+    as_they_lie = connect(len(faces), [pair for pair in pairs if not pair[3]])
+    units = np.arange(len(faces)) if args.random else as_they_lie
     splits = assign(groups, units, args.fractions, args.seed)
+    if not args.random:  # what aligning links follows its first face's group into the earliest split
+        earliest = np.full(len(faces), 2)
+        np.minimum.at(earliest, components, splits)
+        splits = earliest[components]
 
     names = [f"{face.stem}_image.png" for face in faces]
     rows = [
@@ -266,7 +303,7 @@ def main(args):
             "other_age": faces[j].age,
             "correlation": f"{correlation:.4f}",
         }
-        for i, j, correlation in sorted(pairs)
+        for i, j, correlation, _ in pairs
         if faces[i].age != faces[j].age
     ]
     there = is_there(source, target, rows, conflicts)

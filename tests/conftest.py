@@ -14,10 +14,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 torch.set_num_threads(min(2, os.cpu_count()))
 
-from common import run
+from cli import TOOLS, run
 
 
 @pytest.fixture
@@ -53,9 +53,14 @@ def refuse(cli):
     return call
 
 
+def script_path(script):
+    """Where `<script>.py` lies."""
+    return ROOT / ("tools" if script in TOOLS else "") / f"{script}.py"
+
+
 def shell(script, *arguments, cwd):
     """Runs a script as a user does, in a process of its own."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    command = [sys.executable, str(script_path(script)), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 

@@ -8,6 +8,7 @@ groups have UTKFace's shares, and each sign of age follows an apparent age of it
 as they do in photographs.
 """
 
+import sys
 from collections import deque
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -17,7 +18,10 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
-from common import AGE_GROUPS, UserError, atomic_path, number, progress, run, script_parser
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import UserError, atomic_path, number, progress, run, script_parser
+from utkface import AGE_GROUPS
 
 SIDE = 200  # pixels, UTKFace's
 HALF = SIDE / 2  # the unit of all lengths below: from the crop's centre, y downwards

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import synthesize
 import torch
 import torch.nn.functional as F
 
@@ -34,7 +35,6 @@ import masks
 import predict
 import pretrain
 import split
-import synthesize
 from common import (
     CONTRASTIVE_VIEW,
     SUPERVISED_VIEW,

@@ -16,7 +16,9 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from common import UserError, add_device_flags, atomic_path, check_writable, number, run, script_parser
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import UserError, add_device_flags, atomic_path, check_writable, number, run, script_parser
 
 WEIGHTS = ("random", "imagenet", "view", "age")
 TASKS = ("classification", "multitask")

@@ -1,0 +1,333 @@
+"""What every script's command line shares: flags, YAML, errors in one line, progress, files written whole.
+
+Nothing here loads torch, so `split.py -h` answers at once.
+"""
+
+import argparse
+import csv
+import hashlib
+import math
+import os
+import signal
+import stat
+import sys
+import tempfile
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+STAGES = ("masks", "split", "pretrain", "finetune", "evaluate", "predict")
+TOOLS = ("table", "benchmark", "synthesize")
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """A mistake that a user can mend: one line that names the file or flag and the remedy."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags and configuration
+# ------------------------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one, and the description as it is written."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are `UserError`s, so that they too end in one line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind: type, low=-math.inf, high=math.inf, above=-math.inf):
+    """An argparse type: a finite int or float with low <= value <= high and value > above."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and value > above and abs(value) < math.inf):
+            bounds = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
+            bounds += [f"at most {high}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+def image_side(text: str) -> int:
+    """An argparse type: pixels, a positive multiple of 32 (the backbone's stride)."""
+    side = int(text)
+    if side < 32 or side % 32:
+        raise argparse.ArgumentTypeError(f"must be a positive multiple of 32, not {text}")
+    return side
+
+
+def checkpoint_path(text: str) -> str:
+    """An argparse type: a file name that ends in .pt, since other files are named after it."""
+    if not Path(text).name.removesuffix(".pt") or not text.endswith(".pt"):
+        raise argparse.ArgumentTypeError(f"must end in .pt, as {text}.pt does, not {text}")
+    return text
+
+
+def beside(out: str | Path, suffix: str) -> Path:
+    """A file named after a checkpoint: `runs/lr0.01.pt`, `.csv` → `runs/lr0.01.csv`."""
+    return Path(out).with_name(Path(out).name.removesuffix(".pt") + suffix)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, an equal share of them under torchrun; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def script_parser(script: str, description: str) -> Parser:
+    """A parser for `<script>.py` that already holds the flags that all scripts share."""
+    parser = Parser(
+        f"{script}.py", usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    cores = usable_cores()
+    # fmt: off
+    add = parser.add_argument
+    add("--config", metavar="FILE.yaml", help="YAML file with defaults for these flags")
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help="seed of everything random")
+    add("--workers", metavar="N", type=number(int, low=0), default=cores, help="parallel workers (cores)")
+    add("--overwrite", action="store_true", help="replace what an earlier run has written")
+    # fmt: on
+    return parser
+
+
+def add_device_flags(parser: Parser, precision: str = "fp32"):
+    """Adds the flags that say where and in what arithmetic a model runs."""
+    # fmt: off
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default=precision,
+        help="arithmetic; auto is bf16 or fp16 on CUDA, else fp32")
+    # fmt: on
+
+
+def read_config(path: str, parser: Parser) -> list[str]:
+    """Command-line arguments equivalent to a YAML file, so that argparse checks both alike.
+
+    Top-level keys are this script's flags, or sections named after scripts, of which only this script's own
+    is read.
+    """
+    try:
+        loaded = yaml.safe_load(shipped(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path} must hold `flag: value` lines")
+    flags = {option: action for action in parser._actions for option in action.option_strings}
+    script = parser.prog.removesuffix(".py")
+    section = loaded.pop(script, None) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"--config {path}: section {script!r} must hold `flag: value` lines")
+    settings = {  # --split and --masks are flags, too
+        key: value
+        for key, value in loaded.items()
+        if key not in STAGES + TOOLS or not isinstance(value, dict | None)
+    }
+    arguments = []
+    for key, value in {**settings, **section}.items():
+        flag = "--" + str(key).replace("_", "-")
+        if flag not in flags or flag in ("--config", "--help"):
+            raise UserError(f"--config {path}: unknown key {key!r}; see {parser.prog} -h for the flags")
+        if value is None:
+            raise UserError(f"--config {path}: {key} has no value: give one, or leave the line out")
+        if flags[flag].nargs == 0:  # a switch, perhaps with a --no- twin
+            if not isinstance(value, bool):
+                raise UserError(f"--config {path}: {key} must be true or false, not {value!r}")
+            off = flag.replace("--", "--no-", 1)
+            arguments += [flag] if value else [off] if off in flags else []
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        else:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
+def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments from the command line over those of `--config` over the defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    early = Parser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    path = early.parse_known_args(argv)[0].config
+    namespace = None
+    if path and not {"-h", "--help"} & set(argv):
+        arguments = read_config(path, parser)
+        try:
+            namespace = parser.parse_args(arguments)
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from None
+    return parser.parse_args(argv, namespace)
+
+
+# Flags that change where and how a run happens, not what comes out.
+NOT_SETTINGS = ("config", "workers", "overwrite", "resume", "out", "device")
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """The arguments that define a run's result, for checkpoints to carry and --resume to compare.
+
+    A file behind --init counts by what is in it: `init_sha256` is its hash, None for no file.
+    """
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    if "init" in settings:
+        path = shipped(settings["init"])
+        settings["init_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return settings
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A script's course
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Terminated(BaseException):
+    """SIGTERM, as cluster schedulers send it."""
+
+
+def terminate(*_):
+    """A signal handler that ends the script as Ctrl-C does, what was being written undone."""
+    raise Terminated
+
+
+def run(main, parser: Parser, argv: list[str] | None = None):
+    """Calls `main(args)`; exits with 2 and one line for a UserError, 130 for Ctrl-C, 143 for SIGTERM."""
+    own_process()
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        main(parse_args(parser, argv))
+    except UserError as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped", file=sys.stderr)
+        sys.exit(130)
+    except Terminated:
+        print(f"{parser.prog}: stopped by SIGTERM", file=sys.stderr)
+        sys.exit(143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def own_process():
+    """What a script may set for its whole process, and a module that is imported may not."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter must not stop a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", ".*decompression bomb", Warning)  # decode_image refuses by itself
+    if "cv2" in sys.modules:
+        cv2 = sys.modules["cv2"]
+        cv2.setNumThreads(1)  # the pictures are small: work is spread over faces, never within one
+        # What cannot be decoded is reported by the script: the decoder need not complain as well.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def progress(*args, **options) -> tqdm:
+    """A progress bar, silent where output is no terminal (a log), and for what is over within a second."""
+    first = os.environ.get("RANK", "0") == "0"
+    return tqdm(*args, leave=False, delay=1, disable=None if first else True, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files, whole or absent
+# ------------------------------------------------------------------------------------------------------------
+
+
+def shipped(path: str | Path) -> Path:
+    """`path`, or the file of that name beside the scripts where the working directory has none."""
+    ours = ROOT / path
+    return ours if ours.is_file() and not Path(path).exists() else Path(path)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path leads to a pipe or a device, which can be written but not replaced."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+UMASK = os.umask(0)  # the only way to read it is to set it
+os.umask(UMASK)
+
+
+@contextmanager
+def atomic_path(path: str | Path, sync: bool = False):
+    """Yields a temporary path that takes `path`'s place on success and vanishes on failure.
+
+    It has the same folder and suffix. `sync` has it on the disk before the old file goes, for what took long.
+    A link is followed, and what is no regular file (a pipe, /dev/stdout) is yielded itself. Raises UserError
+    if the disk is full or the folder cannot be written.
+    """
+    asked, temporary = Path(path), None
+    special = is_special(asked)
+    path = asked if special else Path(os.path.realpath(asked))
+    try:
+        if special:
+            yield path
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".tmp-{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        yield Path(temporary)
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's files are private
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{asked} cannot be written ({error.strerror or error}): make room, or name another place"
+            ) from None
+        raise
+
+
+def check_writable(flag: str, folder: str | Path):
+    """UserError unless `folder`, or the nearest folder above it that exists, takes new files."""
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}: {nearest} is no folder that can be written: name another place")
+
+
+def check_output(flag: str, path: str | Path):
+    """UserError unless a file can be written at `path`; a link counts by where it leads."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: name a file in it")
+    if not is_special(path):
+        check_writable(flag, Path(os.path.realpath(path)).parent)
+
+
+def write_csv(path: str | Path, rows: list[dict], columns: list[str] | None = None):
+    """Writes rows (dicts with the same keys) as CSV; `columns` names the header when there may be no rows.
+
+    What a file name holds that is no text is written as backslashes and digits.
+    """
+    with (
+        atomic_path(path, sync=True) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,464 @@
+"""How pretrain.py and finetune.py train: processes, batches, one epoch, `.last.pt` and resume, curves.
+
+A run is a `Training`: `open_run` looks for one to continue, `begin_training` sets it up, `train_one_epoch` is
+the loop, `finish_epoch` writes `.last.pt`. The course of a training is in the `main` of each script.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Sampler
+
+from cli import (
+    Parser,
+    UserError,
+    add_device_flags,
+    atomic_path,
+    beside,
+    check_writable,
+    checkpoint_path,
+    image_side,
+    number,
+    progress,
+    script_parser,
+    settings_of,
+    write_csv,
+)
+from common import (
+    FaceDataset,
+    all_finite,
+    autocast,
+    choose_device,
+    choose_precision,
+    load_checkpoint,
+    mean_over_ranks,
+    rank,
+    save_checkpoint,
+    to_input,
+    world_size,
+)
+
+
+def training_parser(script: str, description: str, **defaults) -> Parser:
+    """A parser with the flags that pretrain.py and finetune.py share; defaults for five of them."""
+    parser = script_parser(script, description)
+    # fmt: off
+    add = parser.add_argument
+    whole, rate = number(int, low=1), number(float, above=0)
+    add("--data", default="dataset/processed_split", help="folder written by split.py")
+    add("--out", type=checkpoint_path, help="checkpoint to write; history and curves go beside it")
+    add("--init", help="where the backbone starts: random, imagenet, or a checkpoint file")
+    add("--epochs", metavar="N", type=whole, help="passes over the faces")
+    add("--batch-size", metavar="N", type=number(int, low=2), help="faces a step, of all processes")
+    add("--lr", type=rate, default=1e-3, help="peak learning rate of AdamW")
+    add("--weight-decay", metavar="W", type=number(float, low=0), default=0.05, help="of AdamW")
+    add("--image-size", metavar="PX", type=image_side, default=128, help="side in pixels, a multiple of 32")
+    add("--final", action="store_true", help="learn from train and val, and keep the last epoch")
+    add("--resume", action="store_true", help="continue from the .last.pt file beside --out")
+    # fmt: on
+    add_device_flags(parser, precision="auto")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def join_processes(device_name: str) -> torch.device:
+    """The device of this process; under torchrun, joins the others (NCCL on CUDA, else gloo).
+
+    Only the first goes on printing.
+    """
+    device = choose_device(device_name)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+def leave_processes():
+    """Takes leave of the other processes at the end of a run; one that failed is left to torchrun."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_ranks_agree(what: dict):
+    """UserError unless all processes hold the same `what`, a dict of short strings or numbers by name."""
+    everywhere = [what] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everywhere, what)
+    for name in what:
+        if len({str(one[name]) for one in everywhere}) > 1:
+            if rank():
+                sys.exit(2)  # the first says it
+            raise UserError(
+                f"processes differ in {name}: {', '.join(str(one[name]) for one in everywhere)}; "
+                "give all machines the same --data, --init and folder of --out"
+            )
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, moved to `device`; under torchrun wrapped so that gradients are averaged over processes."""
+    model.to(device, memory_format=torch.channels_last)
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces the modules inside, keeps the parameters
+        return DistributedDataParallel(model, device_ids=[device.index])
+    print(f"{world_size()} CPU processes: each has batch statistics of its own (SyncBatchNorm needs CUDA)")
+    return DistributedDataParallel(model)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------------------
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index) keys, in a new order each epoch, the last incomplete one dropped.
+
+    The key brings the epoch to the workers, so that they can stay alive between epochs. Under torchrun
+    `batch_size` counts the faces of all processes, and each takes its share of every batch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int):
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+
+    def __len__(self):
+        return self.count // self.batch_size
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            share = order[start + rank() : start + self.batch_size : world_size()]
+            yield [(self.epoch, index) for index in share]
+
+
+def check_batch_size(batch_size: int, faces: int):
+    """UserError unless `faces` fill a batch, and its shares are equal and fit for batch normalisation."""
+    if batch_size > faces:
+        raise UserError(f"--batch-size {batch_size} is larger than the train split ({faces} faces): lower it")
+    if batch_size % world_size() or batch_size < 2 * world_size():
+        raise UserError(
+            f"--batch-size {batch_size} does not divide by {world_size()} processes into 2 or more: change it"
+        )
+
+
+def whole_batch(batch: dict) -> dict:
+    """What `FaceDataset` hands out is a batch already."""
+    return batch
+
+
+def start_worker(worker: int, give_way: bool):
+    """Leaves signals to the main process; with `give_way` works only while the arithmetic leaves a core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if give_way and hasattr(os, "nice"):
+        os.nice(19)
+
+
+def train_loader(
+    dataset: FaceDataset, batch_size: int, seed: int, workers: int, device: torch.device
+) -> DataLoader:
+    """Shuffled batches for training; set `loader.batch_sampler.epoch` before each epoch."""
+    return DataLoader(
+        dataset,
+        batch_sampler=EpochBatches(len(dataset), batch_size, seed),
+        collate_fn=whole_batch,
+        num_workers=workers,
+        worker_init_fn=partial(start_worker, give_way=device.type == "cpu"),
+        generator=torch.Generator(),  # its own, lest the workers' number change what others draw
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        # Forked workers start at once, with the pictures as they lie in memory.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """A loader's batch on `device`, `image` normalised float32 (B, 3, H, W), `mask` uint8 (B, 1, H, W)."""
+    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+    batch["image"] = to_input(batch["image"], device)
+    if "mask" in batch:
+        batch["mask"] = batch["mask"].unsqueeze(1)
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """A run of training: what it works with, and where it stands."""
+
+    args: argparse.Namespace
+    kind: str  # of its checkpoint: contrastive or model
+    model: nn.Module
+    network: nn.Module  # the model, under torchrun wrapped
+    loader: DataLoader | None
+    device: torch.device
+    dtype: torch.dtype  # of the forward pass
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None  # of the weights, with --ema
+    hashes: Tensor  # int64 (N,), of the faces that it learns from
+    origin: dict  # where its weights come from: see `init_backbone`
+    epoch: int = 0  # epochs done
+    history: list[dict] = field(default_factory=list)  # a row an epoch
+    best: dict | None = None  # finetune.py's best epoch
+
+    STATE = (
+        "model", "optimizer", "schedule", "scaler", "average", "hashes", "origin", "epoch", "history", "best",
+    )  # fmt: skip
+
+    def state_dict(self) -> dict:
+        """What `.last.pt` keeps: all that changes while it trains."""
+        state = {name: getattr(self, name) for name in self.STATE}
+        state = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in state.items()}
+        return state | {"rng": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict):
+        """Goes back to where `state_dict` was taken; raises what torch raises where it does not fit."""
+        for name in self.STATE:
+            part = getattr(self, name)
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
+        torch.set_rng_state(state["rng"])
+
+
+def last_path(out: str | Path) -> Path:
+    """`model.pt` → `model.last.pt`, where the state of an unfinished run is kept."""
+    return beside(out, ".last.pt")
+
+
+def open_run(args: argparse.Namespace, kind: str) -> dict | None:
+    """The state in `.last.pt` to continue from, or None; UserError if another run would be clobbered.
+
+    A finished run with the same settings counts as one to continue: nothing is left to train.
+    """
+    out, last = Path(args.out), last_path(args.out)
+    check_writable("--out", out.parent)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file in it, such as {out / f'{kind}.pt'}")
+    if not rank():
+        for name in (out, last):  # of a run that was killed
+            for leftover in out.parent.glob(f".tmp-{name.stem}-????????{name.suffix}"):
+                leftover.unlink(missing_ok=True)
+    if args.overwrite:
+        if args.resume:
+            raise UserError("--resume and --overwrite contradict each other: give one")
+        return None
+    if not last.exists():
+        if out.exists():
+            raise UserError(
+                f"{out} is there already, without {last.name} to continue: --overwrite replaces it"
+            )
+        if args.resume:
+            print(f"no {last}: starting from the beginning")
+        return None
+    state = load_checkpoint(last, f"{kind}.last")
+    old, new = state["config"], settings_of(args)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not same_place(key, old, new):
+            flag = "--" + key.replace("_", "-")
+            what = f"{flag} {old.get(key)}, not {new.get(key)}"
+            if key == "init_sha256":
+                what = f"another file behind --init {args.init}"
+            raise UserError(f"{last} was made with {what}: --overwrite starts again")
+    if not args.resume and state.get("epoch") != args.epochs:
+        raise UserError(f"{last} holds an unfinished run: --resume continues it, --overwrite starts again")
+    print(f"resumed {last} at epoch {state.get('epoch')}")
+    return state
+
+
+def same_place(key: str, old: dict, new: dict) -> bool:
+    """Whether a setting that differs is a path that leads to the same thing.
+
+    Faces are compared by their pixels, files behind --init by their bytes, once they have been read.
+    """
+    return key == "data" or (key == "init" and None not in (old.get("init_sha256"), new.get("init_sha256")))
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """Learning rates that rise linearly over the first 5 % of `steps`, then fall as a cosine to zero."""
+    warmup = max(1, steps // 20)
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def average_weights(model: nn.Module, decay: float, schedule: LambdaLR) -> AveragedModel:
+    """The moving average of a model's weights and statistics.
+
+    Early on it would be of weights that have hardly begun to learn, so it starts short: after n steps the
+    decay is n/(10 + n), until that exceeds `decay`.
+    """
+
+    def update(averaged, current, _):
+        done = schedule.last_epoch
+        get_ema_multi_avg_fn(min(decay, done / (10 + done)))(averaged, current, None)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+def begin_training(
+    args: argparse.Namespace, kind: str, model: nn.Module, groups: list[dict], dataset: FaceDataset,
+    device: torch.device, state: dict | None, origin: dict | None,
+) -> Training:  # fmt: skip
+    """A run at its beginning, from the `origin` of `init_backbone`, or where the `state` of `open_run` has it.
+
+    Raises UserError if the state does not fit, or if the processes of torchrun are not all at one point.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
+        torch.backends.cudnn.benchmark = True  # pays for pictures of one size
+    check_batch_size(args.batch_size, len(dataset))
+    loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
+    network, dtype = distribute(model, device), choose_precision(args.precision, device)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    schedule = warmup_cosine(optimizer, args.epochs * len(loader))
+    ema = vars(args).get("ema")
+    training = Training(
+        args, kind, model, network, loader, device, dtype, optimizer, schedule,
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        average=average_weights(model, ema, schedule) if ema else None, hashes=dataset.hashes, origin=origin,
+    )  # fmt: skip
+    last = last_path(args.out)
+    if state is not None:
+        try:
+            same = torch.equal(state["hashes"], dataset.hashes)
+            training.load_state_dict(state)
+        except Exception:  # what a damaged file raises depends on where it is damaged
+            raise UserError(f"{last} does not fit the model: --overwrite starts again") from None
+        if not same:
+            raise UserError(
+                f"{last} learned from other faces than {args.data} holds: --overwrite starts again"
+            )
+    elif args.overwrite and not rank():
+        last.unlink(missing_ok=True)  # lest --resume bring back what was overwritten
+    digest = hashlib.sha256(dataset.hashes.numpy().tobytes()).hexdigest()[:8]
+    weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    check_ranks_agree({"epochs done": training.epoch, "faces": digest, "weights": f"{weights:.6g}"})
+    return training
+
+
+LOOK_EVERY = 50  # steps between looks at the loss: each waits for the device
+
+
+def train_one_epoch(training: Training, compute_losses) -> Tensor:
+    """Trains for one epoch; returns the losses of all its steps, float32 (steps, K) on the CPU.
+
+    compute_losses(model, batch) → (K,), of which the first is minimised; see `to_device` for the batch. Under
+    torchrun the losses are means over processes. Raises UserError if the first becomes infinite or NaN.
+    """
+    t, losses, recent = training, [], []
+    t.network.train()
+    t.loader.batch_sampler.epoch = t.epoch
+    for batch in progress(t.loader, f"epoch {t.epoch + 1}/{t.args.epochs}", unit="step"):
+        with autocast(t.device, t.dtype):
+            values = compute_losses(t.network, to_device(batch, t.device))  # K
+        t.scaler.scale(values[0]).backward()
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+        t.optimizer.zero_grad()
+        t.schedule.step()
+        if t.average is not None:
+            t.average.update_parameters(t.model)
+        recent.append(values.detach())
+        if len(recent) == LOOK_EVERY or len(losses) + len(recent) == len(t.loader):
+            losses += check_losses(t, torch.stack(recent), len(losses))
+            recent = []
+    if not all_finite(t.model):
+        stop_broken(t, "weights became infinite or NaN", len(losses))
+    return torch.stack(losses)
+
+
+def check_losses(training: Training, losses: Tensor, done: int) -> Tensor:
+    """Losses (steps, K) after step `done`, as means over processes on the CPU; UserError if broken."""
+    losses = mean_over_ranks(losses.float()).cpu()
+    broken = ~losses[:, 0].isfinite()
+    # A gradient scaler skips the step of an overflow, and trains on with a smaller scale.
+    if broken.all() if training.scaler.is_enabled() else broken.any():
+        first = done + int(broken.int().argmax()) + 1
+        stop_broken(training, f"the loss became {losses[broken][0, 0]:g}", first)
+    return losses
+
+
+def stop_broken(training: Training, what: str, step: int):
+    """Raises the UserError of a run whose numbers are no longer finite."""
+    remedy = "lower --lr" + (" or raise --temperature" if "temperature" in training.args else "")
+    raise UserError(
+        f"{what} in epoch {training.epoch + 1}, step {step}, at a learning rate of "
+        f"{training.schedule.get_last_lr()[-1]:.2g}: {remedy}; checkpoints from before are kept"
+    )
+
+
+def finish_epoch(training: Training, row: dict):
+    """Adds a row to the history, moves on to the next epoch and writes `.last.pt` and the history."""
+    t = training
+    t.history.append(row)
+    t.epoch += 1
+    if not rank():
+        save_checkpoint(last_path(t.args.out), f"{t.kind}.last", t.args, **t.state_dict())
+        write_csv(beside(t.args.out, ".csv"), t.history)
+    if t.epoch == t.args.epochs:
+        t.loader = None  # its workers end now, lest torch report that they were killed at exit
+
+
+def lineage(training: Training) -> dict:
+    """All faces that the weights have learned from, and how they began, for a checkpoint to carry."""
+    seen = torch.cat([training.origin["train_hashes"], training.hashes]).unique()
+    return training.origin | {"train_hashes": seen}
+
+
+def plot_history(path: str | Path, history: list[dict], panels: dict[str, list[str]]):
+    """Draws curves of a history (a row an epoch) as PNG: a panel for each title, with the columns named."""
+    import matplotlib  # here, since only training draws curves and the import takes a second
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False, layout="constrained"
+    )
+    epochs = [row["epoch"] for row in history]
+    for axis, (title, columns) in zip(axes[0], panels.items()):
+        for column in columns:
+            marker = "o" if len(epochs) < 20 else None
+            axis.plot(epochs, [row[column] for row in history], label=column.replace("_", " "), marker=marker)
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        if len(columns) > 1:
+            axis.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,187 @@
+"""What UTKFace is on disk: age groups, file names, pairs of image and mask, decoding. No torch."""
+
+import hashlib
+import io
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import yaml
+from PIL import Image, ImageOps
+
+from cli import UserError
+
+# ------------------------------------------------------------------------------------------------------------
+# Labels and file names
+# ------------------------------------------------------------------------------------------------------------
+
+AGE_GROUPS = {  # WHO-based; first and last year of each
+    "Infant": (0, 4),
+    "Child": (5, 14),
+    "Youth": (15, 24),
+    "Young Adult": (25, 44),
+    "Middle-aged": (45, 64),
+    "Older Adult": (65, 999),
+}
+GROUP_NAMES = list(AGE_GROUPS)
+GENDERS = ("male", "female")  # as UTKFace labels them
+RACES = ("White", "Black", "Asian", "Indian", "Others")
+
+STEM = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d+)", re.ASCII)
+FACE_NAME = re.compile(
+    rf"({STEM.pattern})\.(?:jpg\.chip\.)?(?:jpg|jpeg|png|webp|bmp)", re.ASCII | re.IGNORECASE
+)
+
+
+class Face(NamedTuple):
+    """What a UTKFace file name says: stem `<age>_<gender>_<race>_<timestamp>`, age in years, labels."""
+
+    stem: str
+    age: int
+    gender: int
+    race: int
+
+
+def parse_name(name: str) -> Face | None:
+    """What a name such as `26_1_0_20170116184751593.jpg.chip.jpg` says, or None if it is malformed."""
+    match = FACE_NAME.fullmatch(name)
+    return Face(match[1], int(match[2]), int(match[3]), int(match[4])) if match else None
+
+
+def age_to_group(ages):
+    """Group index 0–5 of an age or an array of ages in years."""
+    return np.searchsorted([last for _, last in AGE_GROUPS.values()], ages)
+
+
+def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
+    """Faces in a folder of pairs, sorted by stem; UserError if it is missing, empty or broken."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: run the stage that writes it, or name another")
+    names = {entry.name for entry in os.scandir(folder)}
+    images = sorted(name for name in names if name.endswith("_image.png"))
+    if not images:
+        raise UserError(
+            f"{folder} holds no *_image.png: run masks.py and split.py, with more faces or other --fractions"
+        )
+    faces = []
+    for name in images:
+        stem = name.removesuffix("_image.png")
+        match = STEM.fullmatch(stem)
+        if not match:
+            raise UserError(
+                f"{folder / name}: the name does not start <age>_<gender>_<race>_<timestamp>; remove it"
+            )
+        if need_masks and f"{stem}_mask.png" not in names:
+            raise UserError(f"{folder / name} has no {stem}_mask.png beside it: run masks.py again")
+        faces.append(Face(stem, *map(int, match.groups()[:3])))
+    return faces
+
+
+def split_settings(folder: str | Path) -> dict:
+    """What split.py made `folder` with (seed, fractions, near_duplicate, random), {} if others made it."""
+    try:
+        return dict(yaml.safe_load((Path(folder) / "split.yaml").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{folder}/split.yaml cannot be read: run split.py again with --overwrite") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------------
+
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights' sake
+MIN_SIDE = 16  # pixels below which a picture shows no face
+MAX_PIXELS = 50_000_000
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # without which OpenCV fills what is missing with grey
+MID_GREY = (128, 128, 128, 255)  # what lies under transparent pixels
+
+
+def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    """Decodes an image to uint8 BGR (H, W, 3), or grey (H, W), upright as its EXIF says, on mid-grey.
+
+    Raises ValueError with the reason if it is no whole image, below `MIN_SIDE` a side, or above `MAX_PIXELS`
+    in all, seen before decoding.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            form, (width, height) = header.format, header.size
+            transparent = "A" in header.getbands() or "transparency" in header.info
+    except Image.DecompressionBombError:
+        raise ValueError(f"above {MAX_PIXELS // 10**6} million pixels") from None
+    except Exception:  # what Pillow raises depends on where a file breaks
+        raise ValueError("unreadable image") from None
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, above {MAX_PIXELS // 10**6} million")
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width}x{height} pixels, below {MIN_SIDE} a side")
+    if transparent or ENDS.get(form, b"") not in data[-1024:]:  # cut, or appended to: slow to tell
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                picture.load()
+                if transparent:
+                    return flatten(picture, flags)
+        except Exception:
+            raise ValueError("truncated image") from None
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise ValueError("unreadable image")
+    return image
+
+
+def flatten(picture: Image.Image, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    """A PIL image, upright as its EXIF says, as `decode_image` returns it."""
+    picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, MID_GREY), picture)
+    grey = flags == cv2.IMREAD_GRAYSCALE
+    return cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGBA2GRAY if grey else cv2.COLOR_RGBA2BGR)
+
+
+def read_image(path: str | Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    """Decodes an image file to uint8 BGR (H, W, 3), or grey (H, W); UserError if it cannot be."""
+    try:
+        return decode_image(Path(path).read_bytes(), flags)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{path} is not a readable image ({reason}): delete it and run the stage that wrote it again"
+        ) from None
+
+
+def read_pair(folder: str | Path, stem: str, flags: int = cv2.IMREAD_COLOR) -> tuple[np.ndarray, np.ndarray]:
+    """Image, uint8 BGR (H, W, 3) or grey (H, W), and mask, uint8 (H, W), of one face.
+
+    UserError if one cannot be read or their sizes differ.
+    """
+    image = read_image(Path(folder) / f"{stem}_image.png", flags)
+    path = Path(folder) / f"{stem}_mask.png"
+    mask = read_image(path, cv2.IMREAD_GRAYSCALE)
+    if mask.shape != image.shape[:2]:
+        raise UserError(f"{path} is not of its image's size: delete it and run masks.py again")
+    return image, mask
+
+
+def central_square(image: np.ndarray) -> np.ndarray:
+    """The largest square at the centre of (H, W[, C]), as a view."""
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return image[top : top + side, left : left + side]
+
+
+def resize(image: np.ndarray, side: int) -> np.ndarray:
+    """The central square of (H, W[, C]) at `side` pixels, averaged over the pixels that fall into one."""
+    return cv2.resize(central_square(image), (side, side), interpolation=cv2.INTER_AREA)
+
+
+def pixel_hash(image: np.ndarray) -> int:
+    """64-bit hash of a decoded image: survives a new file name or compression, not a changed pixel."""
+    digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
