@@ -1,6 +1,5 @@
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import albumentations as A
 import cv2
@@ -11,21 +10,18 @@ import torch.nn.functional as F
 
 import common
 from common import (
-    AGE_GROUPS,
     CONTRASTIVE_VIEW,
     SUPERVISED_VIEW,
     FaceDataset,
     MultitaskResNet18,
     UserError,
     age_contrastive_loss,
-    age_to_group,
     augment_batch,
     augmentation,
     build_param_groups,
     mask_loss,
     mask_overlap,
     nt_xent_loss,
-    parse_name,
     seed_augmentation,
     to_device,
     to_input,
@@ -34,44 +30,6 @@ from common import (
 from conftest import noise_pairs, write_pair
 
 CPU = torch.device("cpu")
-
-
-# Names and groups
-
-
-def test_age_groups():
-    assert list(AGE_GROUPS) == ["Infant", "Child", "Youth", "Young Adult", "Middle-aged", "Older Adult"]
-    bounds = [0, 4, 5, 14, 15, 24, 25, 44, 45, 64, 65, 99, 100, 116]
-    assert age_to_group(bounds).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "26_1_0_20170116184751593.jpg.chip.jpg",
-        "26_1_0_20170116184751593.webp",
-        "26_1_0_20170116184751593.PNG",
-    ],
-)
-def test_good_names(name):
-    assert parse_name(name) == ("26_1_0_20170116184751593", 26, 1, 0)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "39_1_20170116174525125.jpg.chip.jpg",
-        "24_0_1_20170116220224657 .jpg.chip.jpg",
-        "55_0_0_20170116232725357jpg.chip.jpg",
-        "26_2_0_20170116184751593.jpg",
-        "26_1_5_20170116184751593.jpg",
-        "٢٦_1_0_20170116184751593.jpg",
-        "26_1_0_20170116184751593.jpg\n",
-        "notes.txt",
-    ],
-)
-def test_malformed_names(name):
-    assert parse_name(name) is None
 
 
 # Model
@@ -439,79 +397,7 @@ def test_missing_and_empty_folders(tmp_path):
             FaceDataset(folder, 32)
 
 
-# Configuration
-
-
-def parse(script_flags, *argv):
-    parser = common.script_parser("split", "test")
-    for flags, options in script_flags:
-        parser.add_argument(*flags, **options)
-    return common.parse_args(parser, [str(argument) for argument in argv])
-
-
-FLAGS = [
-    (["--near-duplicate"], {"type": common.number(float, low=0, high=1), "default": 0.98}),
-    (["--fractions"], {"type": float, "nargs": 3, "default": [0.7, 0.1, 0.2]}),
-    (["--plain"], {"action": "store_true"}),
-]
-
-
-def test_flags_beat_config_beats_defaults(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        "seed: 4\nsplit:\n  near_duplicate: 0.5\n  fractions: [0, 0, 1]\n  plain: true\npretrain: {lr: 9}\n"
-    )
-    args = parse(FLAGS, "--config", path)
-    assert (args.seed, args.near_duplicate, args.fractions, args.plain) == (4, 0.5, [0, 0, 1], True)
-    args = parse(FLAGS, "--config", path, "--seed", 7)
-    assert (args.seed, args.near_duplicate, args.overwrite) == (7, 0.5, False)
-    assert parse(FLAGS).near_duplicate == 0.98
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("lerning-rate: 1", ["lerning-rate"]),
-        ("split: {epochs: 3}", ["epochs"]),
-        ("near-duplicate: 1.5", ["--near-duplicate", "at most 1"]),
-        ("near-duplicate: true", ["--near-duplicate"]),
-        ("plain: 3", ["plain"]),
-        ("- 3", ["flag: value"]),
-        ("split: 3", ["split"]),
-        ("masks: 3", ["unknown key 'masks'"]),
-        ("near-duplicate:", ["near-duplicate has no value"]),
-        ("a: [", ["cannot be read"]),
-    ],
-)
-def test_bad_config(tmp_path, text, words):
-    path = tmp_path / "c.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        parse(FLAGS, "--config", path)
-    for word in [str(path), *words]:
-        assert word in str(error.value)
-
-
-def test_bad_flags():
-    wrong = ["--near-duplicate", "nan"], ["--nonsense"], ["--seed", "-1"], ["--seed", str(2**64)]
-    for argv in (*wrong, ["--seed", "9" * 400], ["--config", "nowhere.yaml"]):
-        with pytest.raises(UserError):
-            parse(FLAGS, *argv)
-
-
-# Files and checkpoints
-
-
-def test_atomic_path_leaves_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), common.atomic_path(path) as temporary:
-        temporary.write_text("new")
-        raise RuntimeError
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    with common.atomic_path(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
+# Checkpoints
 
 
 class Malice:
@@ -602,12 +488,3 @@ def test_imagenet_weights_are_loaded(monkeypatch, capsys):
     line = capsys.readouterr().out
     assert torch.equal(backbone.conv1.weight, weights["conv1.weight"])
     assert "120 of 120" in line and "not loaded: fc" in line and len(seen) == 0 and pretraining == {}
-
-
-def test_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert common.shipped("configs/quickstart.yaml").is_file()
-    assert common.shipped("configs/none.yaml") == Path("configs/none.yaml")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/quickstart.yaml").write_text("synthesize: {count: 7}")
-    assert common.shipped("configs/quickstart.yaml").read_text() == "synthesize: {count: 7}"
