@@ -8,12 +8,14 @@ import csv
 import hashlib
 import math
 import os
+import shutil
 import signal
 import stat
 import sys
 import tempfile
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -40,7 +42,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         super().__init__(prog, max_help_position=34, width=110)
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        without = action.default is None or action.default is False  # not 0, which is worth showing
+        return action.help if without else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -299,6 +302,14 @@ def atomic_path(path: str | Path, sync: bool = False):
                 f"{asked} cannot be written ({error.strerror or error}): make room, or name another place"
             ) from None
         raise
+
+
+def remove_leftovers(folder: Path, pattern: str = ".tmp-*"):
+    """Removes what killed runs left in `folder`, if an hour old: what is younger may be a living run's."""
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another run was quicker
+            if time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_writable(flag: str, folder: str | Path):
