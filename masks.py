@@ -9,6 +9,7 @@ sheet to look at). Pairs that are already there stay as they are: an interrupted
 """
 
 import os
+import sys
 import tarfile
 import threading
 import time
@@ -25,11 +26,20 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import UserError, atomic_path, check_writable, progress, run, script_parser, write_csv
+from cli import (
+    UserError,
+    atomic_path,
+    check_writable,
+    progress,
+    remove_leftovers,
+    run,
+    script_parser,
+    write_csv,
+)
 from utkface import PIXEL_MEAN, PIXEL_STD, decode_image, parse_name, read_image
 
 # ------------------------------------------------------------------------------------------------------------
-# Default parser: GrabCut, then the face oval that explains its labels best
+# By default: GrabCut, then the face oval that explains its labels best
 # ------------------------------------------------------------------------------------------------------------
 
 # The face oval of UTKFace's crops in fractions of their sides: mean and deviation over faces. The crops are
@@ -44,15 +54,8 @@ SQUARENESS = 2.6  # of the oval; an ellipse has 2
 GRID = (*HEIGHT, 4), (*WIDTH, 8), (*TURN, 17)  # and how many of each are tried
 
 SIDE = 48  # pixels at which GrabCut runs: finer ones do not place an oval better
-CORE, FACE, RIM = (
-    0.4,
-    0.97,
-    1.28,
-)  # of the mean oval: face in the core, background beyond the rim, open between
-NEUTRAL, CONTRAST = (
-    (0, 128, 128),
-    (1, 2, 2),
-)  # of L, a, b: colour tells skin from background better than light
+CORE, FACE, RIM = 0.4, 0.97, 1.28  # of the mean oval: face in the core, background beyond the rim
+NEUTRAL, CONTRAST = (0, 128, 128), (1, 2, 2)  # of L, a, b: colour tells skin better than light does
 EVIDENCE = 0.27  # log-odds of a label at half of SIDE: neighbours repeat each other, so less than it seems
 RELIABLE = (0.6, 0.2)  # height (mean, deviation) at which labels count: above is hair, below is neck
 
@@ -108,7 +111,7 @@ def grabcut_mask(image: np.ndarray, seed: int = 0) -> np.ndarray:
 # Face-parsing network
 # ------------------------------------------------------------------------------------------------------------
 
-PARSER_INPUT, PARSER_OUTPUT = (1, 3, 512, 512), (1, 19, 512, 512)
+NETWORK_INPUT, NETWORK_OUTPUT = (1, 3, 512, 512), (1, 19, 512, 512)
 FACE_CLASSES = (1, 13)  # first and last: skin, brows, eyes, glasses, ears, earrings, nose, mouth, lips
 
 
@@ -120,7 +123,7 @@ def network_logits(network: cv2.dnn.Net, blob: np.ndarray) -> np.ndarray:
 
 def network_mask(image: np.ndarray, network: cv2.dnn.Net) -> np.ndarray:
     """Face mask, uint8 0/255 (H, W), of an image, uint8 BGR (H, W, 3): where a face's class is likeliest."""
-    rgb = cv2.cvtColor(cv2.resize(image, PARSER_INPUT[2:]), cv2.COLOR_BGR2RGB)
+    rgb = cv2.cvtColor(cv2.resize(image, NETWORK_INPUT[2:]), cv2.COLOR_BGR2RGB)
     blob = ((rgb / 255 - PIXEL_MEAN) / PIXEL_STD).astype(np.float32).transpose(2, 0, 1)[None]
     classes = network_logits(network, np.ascontiguousarray(blob))[0].argmax(0)  # 512x512
     mask = cv2.inRange(classes.astype(np.uint8), *FACE_CLASSES)
@@ -128,26 +131,26 @@ def network_mask(image: np.ndarray, network: cv2.dnn.Net) -> np.ndarray:
     return np.where(mask > 127, 255, 0).astype(np.uint8)
 
 
-def choose_parser(name: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Function from image (H, W, 3) to mask (H, W) that threads can share; UserError for a bad `--parser`."""
+def mask_function(name: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """From `--parser` a function of image (H, W, 3) to mask (H, W) that threads can share, or a UserError."""
     if name == "grabcut":
         return partial(grabcut_mask, seed=seed % 2**31)
     if not Path(name).is_file():
         raise UserError(f"--parser {name} is not a file: give grabcut or the path of a face-parsing ONNX")
     try:
-        shape = network_logits(cv2.dnn.readNetFromONNX(name), np.zeros(PARSER_INPUT, np.float32)).shape
+        shape = network_logits(cv2.dnn.readNetFromONNX(name), np.zeros(NETWORK_INPUT, np.float32)).shape
     except cv2.error:
         shape = None
-    if shape != PARSER_OUTPUT:
+    if shape != NETWORK_OUTPUT:
         raise UserError(f"--parser {name} is no face-parsing ONNX: take resnet18.onnx of yakhyo/face-parsing")
     local = threading.local()  # a network holds its activations: one a thread
 
-    def parse(image: np.ndarray) -> np.ndarray:
+    def find_mask(image: np.ndarray) -> np.ndarray:
         if not hasattr(local, "network"):
             local.network = cv2.dnn.readNetFromONNX(name)
         return network_mask(image, local.network)
 
-    return parse
+    return find_mask
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,10 +159,7 @@ def choose_parser(name: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
 
 # The quickest level and filter that do not cost size: two PNGs take a third as long as the mask itself
 PNG_FLAGS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-
-
 MAX_BYTES = 64 * 2**20  # of one file: an archive may say less than it unpacks to
-MIN_SIDE = 16  # pixels
 
 
 def read_alone(read: Callable, *args) -> bytes:
@@ -200,36 +200,36 @@ def read_files(source: Path, output: Path) -> Iterator[tuple[str, int, Callable[
                     yield member.name, member.size, archive.extractfile(member).read
 
 
-def write_pair(data: bytes, stem: str, output: Path, parse: Callable[[np.ndarray], np.ndarray]) -> str | None:
-    """Writes image and mask of an encoded face; the reason if it cannot be used, UserError if not written."""
+def write_pair(data: bytes, stem: str, output: Path, find_mask: Callable) -> tuple[str | None, bool]:
+    """Writes image and mask of an encoded face: why it cannot be used, if so, and whether it is square."""
     try:
         image = decode_image(data)
     except ValueError as error:
-        return str(error)
-    if min(image.shape[:2]) < MIN_SIDE:
-        return f"{image.shape[1]}x{image.shape[0]} pixels, below {MIN_SIDE} a side"
-    for part, pixels in (("mask", parse(image)), ("image", image)):  # never an image without its mask
+        return str(error), False
+    for part, pixels in (("mask", find_mask(image)), ("image", image)):  # never an image without its mask
         encoded = cv2.imencode(".png", pixels, PNG_FLAGS)[1]
         with atomic_path(output / f"{stem}_{part}.png") as temporary:
             temporary.write_bytes(encoded)
-    return None
+    return None, image.shape[0] == image.shape[1]
 
 
-def write_pairs(args, parse: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int, list[dict]]:
-    """Writes the missing pairs; returns how many it wrote, how many it found, and a row a skipped file."""
+def write_pairs(args, find_mask: Callable) -> tuple[int, int, int, list[dict]]:
+    """Writes the missing pairs; how many, how many of them not square, how many were there; skipped files."""
     source, output, workers = Path(args.input), Path(args.output), max(args.workers, 1)
     there = set(os.listdir(output)) if output.is_dir() and not args.overwrite else set()
-    written, found, first, skipped, pending = 0, 0, {}, [], deque()
+    written, not_square, found, first, skipped, pending = 0, 0, 0, {}, [], deque()
 
     def skip(name: str, reason: str):
-        printable = name.encode(errors="backslashreplace").decode()  # archives hold names in any encoding
-        skipped.append({"file": printable, "reason": reason})
+        skipped.append({"file": name, "reason": reason})
 
-    def finish_oldest() -> bool:
+    def finish_oldest():
+        nonlocal written, not_square
         name, pair = pending.popleft()
-        if pair.result():
-            skip(name, pair.result())
-        return not pair.result()
+        reason, square = pair.result()
+        if reason:
+            skip(name, reason)
+        else:
+            written, not_square = written + 1, not_square + (not square)
 
     with ThreadPoolExecutor(workers) as pool, progress(desc="masks", unit=" files") as bar:
         try:
@@ -252,11 +252,11 @@ def write_pairs(args, parse: Callable[[np.ndarray], np.ndarray]) -> tuple[int, i
                         except ValueError as error:
                             skip(name, str(error))
                             continue
-                        pending.append((name, pool.submit(write_pair, data, face.stem, output, parse)))
+                        pending.append((name, pool.submit(write_pair, data, face.stem, output, find_mask)))
                 if len(pending) > 16 * workers:  # an archive need not fit in memory
-                    written += finish_oldest()
+                    finish_oldest()
             while pending:
-                written += finish_oldest()
+                finish_oldest()
         except (OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
             reason = str(error).split(":")[0]  # tarfile goes on with a line for each format that it tried
             raise UserError(
@@ -269,7 +269,7 @@ def write_pairs(args, parse: Callable[[np.ndarray], np.ndarray]) -> tuple[int, i
             f"--input {source}: none of its {len(skipped)} files is named "
             "<age>_<gender>_<race>_<timestamp>.jpg; name UTKFace's folder or archive"
         )
-    return written, found, skipped
+    return written, not_square, found, skipped
 
 
 def contact_sheet(output: Path, stems: list[str], count: int = 36, columns: int = 4, side: int = 104):
@@ -295,9 +295,10 @@ def contact_sheet(output: Path, stems: list[str], count: int = 36, columns: int 
 
 def get_parser():
     parser = script_parser("masks", __doc__)
-    parser.add_argument("--input", default="dataset/raw", help="folder, .tar.gz or .zip of UTKFace's faces")
-    parser.add_argument("--output", default="dataset/processed", help="folder for images and masks")
-    parser.add_argument("--parser", default="grabcut", help="grabcut, or the path of a face-parsing ONNX")
+    add = parser.add_argument
+    add("--input", default="dataset/raw", help="folder, .tar.gz or .zip of UTKFace's faces")
+    add("--output", default="dataset/processed", help="folder for images and masks")
+    add("--parser", default="grabcut", help="grabcut, or the path of a face-parsing ONNX")
     return parser
 
 
@@ -306,14 +307,11 @@ def main(args):
     check_writable("--output", output)
     if output.resolve() == Path(args.input).resolve():
         raise UserError(f"--output {output} is --input as well: name another folder")
-    # What cannot be decoded is listed in skipped.csv: the decoder need not complain as well.
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    parse = choose_parser(args.parser, args.seed)
-    for leftover in output.glob(".tmp-*"):  # of a run that was killed
-        leftover.unlink()
+    find_mask = mask_function(args.parser, args.seed)
+    remove_leftovers(output)
 
     start = time.perf_counter()
-    written, found, skipped = write_pairs(args, parse)
+    written, not_square, found, skipped = write_pairs(args, find_mask)
     speed = written / (time.perf_counter() - start)
 
     skipped.sort(key=lambda row: (row["file"], row["reason"]))
@@ -324,6 +322,12 @@ def main(args):
     if stems:
         with atomic_path(output / "preview.png") as temporary:
             contact_sheet(output, stems).save(temporary)
+    if not_square:
+        print(
+            f"warning: {not_square:,} pictures are not square: training, evaluation and prediction look at "
+            "their central square",
+            file=sys.stderr,
+        )
     print(
         f"{output}: {written + found + len(skipped):,} files: {written:,} pairs written ({speed:.0f}/s), "
         f"{found:,} already there, {len(skipped):,} skipped (see skipped.csv); preview.png shows some"

@@ -3,9 +3,14 @@
     python split.py
     python split.py --fractions 0 0 1 --input exam --output exam_split
 
-Every age group is shared out in the fractions asked for. Near-duplicates (thumbnails that correlate above a
-threshold, and whatever they are linked to through others) stay together; those whose ages disagree are listed
-in `conflicts.csv`. The result depends on the faces and the seed alone, not on the order of files.
+Every age group is shared out in the fractions asked for. Near-duplicates, which are crops of one photograph,
+stay together, and so does what they are linked to through others. Candidates are pairs whose 32x32 grey
+thumbnails correlate above 0.90, as they lie or mirrored. A pair counts above 0.98 as it lies, or above
+--near-duplicate once an affine fit has laid one face on the other. What only aligning links is moved to the
+earliest split that one of them is in. Pairs whose ages disagree are listed in `conflicts.csv`.
+
+The result depends on the faces, the flags and the seed alone, not on the order of files. An unchanged split
+is recognised and left as it is.
 """
 
 import csv
@@ -15,13 +20,14 @@ import sys
 import tempfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import yaml
 
-from cli import UserError, check_writable, number, progress, run, script_parser, write_csv
-from utkface import GROUP_NAMES, age_to_group, list_pairs, read_image, resize
+from cli import UserError, check_writable, number, progress, remove_leftovers, run, script_parser, write_csv
+from utkface import GROUP_NAMES, age_to_group, list_pairs, read_pair, resize
 
 CANDIDATE = 0.90  # correlation of thumbnails, mirrored or not, above which a pair is worth aligning
 AS_THEY_LIE = 0.98  # above which it needs no aligning
@@ -29,21 +35,29 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ["file", "split", "age", "gender", "race", "group", "duplicate_of"]
 CONFLICT_COLUMNS = ["file", "other", "age", "other_age", "correlation"]
 
+# ------------------------------------------------------------------------------------------------------------
+# Near-duplicates
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two near-duplicates, by index, `first` < `second`; `aligned` if only an affine fit shows it."""
+
+    first: int
+    second: int
+    correlation: float
+    aligned: bool
+
 
 def read_thumbnails(folder, faces, workers):
     """Checks each pair and reduces its image to grey, uint8 (N, 64, 64).
 
-    Raises UserError for a mask of another size than its image.
+    Raises UserError for what cannot be read, and for a mask of another size than its image.
     """
     thumbnails = np.empty((len(faces), 64, 64), np.uint8)
 
     def load(index):
-        path = folder / f"{faces[index].stem}_image.png"
-        mask_path = folder / f"{faces[index].stem}_mask.png"
-        image = read_image(path, cv2.IMREAD_GRAYSCALE)
-        if read_image(mask_path, cv2.IMREAD_GRAYSCALE).shape != image.shape:
-            raise UserError(f"{mask_path} is not of its image's size: delete it and run masks.py again")
-        thumbnails[index] = resize(image, 64)
+        thumbnails[index] = resize(read_pair(folder, faces[index].stem, cv2.IMREAD_GRAYSCALE)[0], 64)
 
     with ThreadPool(max(workers, 1)) as pool:
         loading = pool.imap_unordered(load, range(len(faces)), chunksize=16)
@@ -52,17 +66,18 @@ def read_thumbnails(folder, faces, workers):
     return thumbnails
 
 
-def unit_rows(images):
-    """(N, H, W) → float32 (N, H·W), rows of zero mean and unit length, whose products are correlations."""
-    rows = images.reshape(len(images), -1).astype(np.float32)
-    rows -= rows.mean(axis=1, keepdims=True)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+def unit_vectors(images):
+    """(N, H, W) → float32 (N, H·W) of zero mean and unit length, whose products are correlations."""
+    vectors = images.reshape(len(images), -1).astype(np.float32)
+    vectors -= vectors.mean(axis=1, keepdims=True)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
 
 
 def aligned_correlation(image, other):
     """Correlation of two grey images (H, W) where they overlap, once an affine map lays one on the other.
 
-    The map maximises the enhanced correlation coefficient (Evangelidis & Psarakis 2008); 0 if none does.
+    The map maximises the enhanced correlation coefficient (Evangelidis & Psarakis, TPAMI 2008). 0 if that
+    does not converge, or leaves less than half of the image to compare.
     """
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 50, 1e-4)
     try:
@@ -74,43 +89,46 @@ def aligned_correlation(image, other):
     inside = cv2.warpAffine(np.ones_like(other), warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
     if inside.mean() < 0.5:
         return 0.0
-    first, second = unit_rows(np.stack([image[inside > 0], moved[inside > 0]])[:, None])
+    first, second = unit_vectors(np.stack([image[inside > 0], moved[inside > 0]])[:, None])
     return float(first @ second)
 
 
 def find_near_duplicates(thumbnails, threshold, workers=1, block=2048):
-    """Pairs that show one photograph, as a sorted list of (i, j, correlation, aligned) with i < j.
+    """Sorted list of every `Pair` of uint8 thumbnails (N, 64, 64) that show one photograph.
 
-    thumbnails: uint8 (N, 64, 64). A pair counts above `AS_THEY_LIE` at 32×32, or, mirrored or not, above
-    `threshold` once aligned. Compares block by block: time grows with N², memory with N.
+    A pair counts above `AS_THEY_LIE` at 32×32, or above `threshold` once aligned at 64×64, mirrored or not.
+    Compares block by block: time grows with N², memory with N.
     """
     small = np.stack([resize(thumbnail, 32) for thumbnail in thumbnails])
-    rows, mirrored = unit_rows(small), unit_rows(small[:, :, ::-1])
-    pairs, candidates = {}, []
-    starts = range(0, len(rows), block)
+    upright, mirrored = unit_vectors(small), unit_vectors(small[:, :, ::-1])
+    found, candidates = {}, []
+    starts = range(0, len(small), block)
     blocks = [(top, left) for top in starts for left in starts if left >= top]
     for top, left in progress(blocks, "near-duplicates", unit="block"):
-        for others in (rows, mirrored):
-            correlation = rows[top : top + block] @ others[left : left + block].T  # block×block
+        for others in (upright, mirrored):
+            correlation = upright[top : top + block] @ others[left : left + block].T  # block×block
             for i, j in np.argwhere(correlation > CANDIDATE):
-                pair = (int(top + i), int(left + j))
-                if pair[0] >= pair[1]:
+                first, second = int(top + i), int(left + j)
+                if first >= second:
                     continue
-                if others is rows and correlation[i, j] > max(AS_THEY_LIE, threshold):
-                    pairs[pair] = (float(correlation[i, j]), False)
+                if others is upright and correlation[i, j] > max(AS_THEY_LIE, threshold):
+                    found[first, second] = Pair(first, second, float(correlation[i, j]), aligned=False)
                 else:
-                    candidates.append((*pair, others is mirrored))
+                    candidates.append((first, second, others is mirrored))
 
     def align(candidate):
-        i, j, flip = candidate
-        return aligned_correlation(thumbnails[i], thumbnails[j][:, ::-1].copy() if flip else thumbnails[j])
+        first, second, flip = candidate
+        other = thumbnails[second][:, ::-1].copy() if flip else thumbnails[second]
+        return aligned_correlation(thumbnails[first], other)
 
     with ThreadPool(max(workers, 1)) as pool:
-        aligned = pool.imap(align, candidates, chunksize=64)
-        for (i, j, _), correlation in zip(candidates, progress(aligned, "align", len(candidates))):
-            if correlation > threshold and ((i, j) not in pairs or pairs[i, j][1]):
-                pairs[i, j] = (max(correlation, pairs.get((i, j), (0,))[0]), True)
-    return [(*pair, *pairs[pair]) for pair in sorted(pairs)]
+        aligning = pool.imap(align, candidates, chunksize=64)
+        aligning = progress(aligning, "aligning", len(candidates), unit="pair")
+        for (first, second, _), correlation in zip(candidates, aligning):
+            known = found.get((first, second), Pair(first, second, threshold, aligned=True))
+            if known.aligned and correlation > known.correlation:
+                found[first, second] = known._replace(correlation=correlation)
+    return sorted(found.values())
 
 
 def connect(count, pairs):
@@ -127,6 +145,11 @@ def connect(count, pairs):
         low, high = sorted((find(i), find(j)))
         root[high] = low
     return np.array([find(i) for i in range(count)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shares
+# ------------------------------------------------------------------------------------------------------------
 
 
 def assign(groups, components, fractions, seed):
@@ -158,6 +181,22 @@ def assign(groups, components, fractions, seed):
     return splits
 
 
+def share_out(groups, pairs, fractions, seed):
+    """Splits 0–2 for N faces of age `groups`, near-duplicates together, and how many faces moved for that.
+
+    In two steps, on purpose: shares are dealt by pairs as they lie, and what aligning links moves to the
+    earliest split that one of them is in. So a split made before there was aligning stays the same but for
+    those few, and none of its train and val faces becomes a test face: earlier models can be scored here.
+    """
+    as_they_lie = connect(len(groups), [pair for pair in pairs if not pair.aligned])
+    dealt = assign(groups, as_they_lie, fractions, seed)
+    components = connect(len(groups), pairs)
+    earliest = np.full(len(groups), len(SPLITS))
+    np.minimum.at(earliest, components, dealt)
+    splits = earliest[components]
+    return splits, int((splits != dealt).sum())
+
+
 def print_table(groups, splits):
     """Prints how many faces of each age group lie in each split, and their share of the group."""
     print(f"{'':14}" + "".join(f"{name:>16}" for name in (*SPLITS, "all")))
@@ -168,52 +207,54 @@ def print_table(groups, splits):
         print(f"{name:14}{cells}{total:>16}")
 
 
-def write_split(source, target, rows, conflicts, settings, overwrite):
-    """Builds the folders beside `target`, with hard links to the pairs where possible, and renames."""
-    building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+def warn_of_gaps(groups, splits, fractions):
+    """Says on stderr which splits came out empty, and which age groups train lacks."""
+    empty = [name for i, name in enumerate(SPLITS) if fractions[i] > 0 and not (splits == i).any()]
+    if empty:
+        print(
+            f"warning: {' and '.join(empty)} came out empty, since there are few faces of each age group: "
+            "add faces, or give other --fractions",
+            file=sys.stderr,
+        )
+    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), groups[splits == 0])
+    if len(missing) and fractions[0] > 0:
+        names = ", ".join(GROUP_NAMES[group] for group in missing)
+        print(f"warning: train holds no face of {names}: finetune.py will refuse it", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------------------
+
+
+def tabulate(faces, groups, splits, pairs):
+    """The rows of `split.csv` and of `conflicts.csv`, as dicts of text."""
+    components = connect(len(faces), pairs)
+    names = [f"{face.stem}_image.png" for face in faces]
+    rows = []
+    for i, face in enumerate(faces):
+        original = "" if components[i] == i else names[components[i]]
+        row = (names[i], SPLITS[splits[i]], face.age, face.gender, face.race, groups[i], original)
+        rows.append(dict(zip(COLUMNS, map(str, row))))
+    conflicts = []
+    for i, j, correlation, _ in pairs:
+        if faces[i].age != faces[j].age:
+            row = (names[i], names[j], faces[i].age, faces[j].age, f"{correlation:.4f}")
+            conflicts.append(dict(zip(CONFLICT_COLUMNS, map(str, row))))
+    return rows, conflicts
+
+
+def is_there(source, target, rows, conflicts, settings):
+    """Whether `target` holds exactly this split: settings, tables, and every pair as it is in `source`."""
     try:
-        building.chmod(0o755)
-        for split in SPLITS:
-            (building / split).mkdir()
-        for row in progress(rows, "link", unit="face"):
-            mask = row["file"].replace("_image.png", "_mask.png")
-            for name in (row["file"], mask):
-                try:
-                    os.link(source / name, building / row["split"] / name)
-                except OSError:  # another file system, or one without hard links
-                    shutil.copy2(source / name, building / row["split"] / name)
-        write_csv(building / "split.csv", rows, COLUMNS)
-        write_csv(building / "conflicts.csv", conflicts, CONFLICT_COLUMNS)
-        (building / "split.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        if overwrite and target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".old-{target.name}-", dir=target.parent))
-            target.rename(old / target.name)
-            building.rename(target)
-            shutil.rmtree(old)
-        else:
-            building.rename(target)
-    except BaseException as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"--output {target} cannot be written ({error.strerror}): make room") from None
-        raise
-
-
-def is_there(source, target, rows, conflicts):
-    """Whether `target` holds exactly this split: the same two tables and every pair, as it is in `source`."""
-    for name, table, columns in (
-        ("split.csv", rows, COLUMNS),
-        ("conflicts.csv", conflicts, CONFLICT_COLUMNS),
-    ):
-        try:
-            with open(target / name, newline="", encoding="utf-8") as file:
-                if [tuple(row) for row in csv.reader(file)] != [
-                    tuple(columns),
-                    *(tuple(map(str, row.values())) for row in table),
-                ]:
-                    return False
-        except OSError:
+        if (target / "split.yaml").read_text(encoding="utf-8") != settings:
             return False
+        for name, table in (("split.csv", rows), ("conflicts.csv", conflicts)):
+            with open(target / name, newline="", encoding="utf-8") as file:
+                if list(csv.DictReader(file)) != table:
+                    return False
+    except (OSError, ValueError, csv.Error):  # nothing there, or not as it was written
+        return False
     wanted = {(row["split"], row["file"]) for row in rows}
     wanted |= {(split, name.replace("_image.png", "_mask.png")) for split, name in wanted}
     if wanted != {(s, name) for s in SPLITS if (target / s).is_dir() for name in os.listdir(target / s)}:
@@ -222,29 +263,48 @@ def is_there(source, target, rows, conflicts):
     return all((a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns) for a, b in stats)  # links, copies
 
 
+def write_split(source, target, rows, conflicts, settings):
+    """Builds the folders beside `target`, with hard links to the pairs where possible, and renames.
+
+    A split that is replaced goes before the new one comes: a kill in between leaves none, and none by halves.
+    """
+    building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    try:
+        new = building / "new"
+        for split in SPLITS:
+            (new / split).mkdir(parents=True)
+        for row in progress(rows, "link", unit="face"):
+            mask = row["file"].replace("_image.png", "_mask.png")
+            for name in (row["file"], mask):
+                try:
+                    os.link(source / name, new / row["split"] / name)
+                except OSError:  # another file system, or one without hard links
+                    shutil.copy2(source / name, new / row["split"] / name)
+        write_csv(new / "split.csv", rows, COLUMNS)
+        write_csv(new / "conflicts.csv", conflicts, CONFLICT_COLUMNS)
+        (new / "split.yaml").write_text(settings, encoding="utf-8")
+        if target.exists():
+            target.rename(building / "old")
+        new.rename(target)
+    except OSError as error:
+        raise UserError(f"--output {target} cannot be written ({error.strerror}): make room") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def get_parser():
     parser = script_parser("split", __doc__)
-    parser.add_argument("--input", default="dataset/processed", help="folder of pairs written by masks.py")
-    parser.add_argument("--output", default="dataset/processed_split", help="folder to write")
-    parser.add_argument(
-        "--fractions",
-        type=number(float, low=0, high=1),
-        nargs=3,
-        default=[0.7, 0.1, 0.2],
-        metavar=("TRAIN", "VAL", "TEST"),
-        help="share of each split; they sum to one and may be zero",
-    )
-    parser.add_argument(
-        "--near-duplicate",
-        type=number(float, low=0, high=1),
-        default=0.975,
-        help="correlation of 32x32 grey thumbnails above which two faces stay together",
-    )
-    parser.add_argument(
-        "--random",
-        action="store_true",
-        help="let near-duplicates straddle splits, to measure what that leaks",
-    )
+    # fmt: off
+    add, share = parser.add_argument, number(float, low=0, high=1)
+    add("--input", default="dataset/processed", help="folder of pairs written by masks.py")
+    add("--output", default="dataset/processed_split", help="folder to write")
+    add("--fractions", type=share, nargs=3, default=[0.7, 0.1, 0.2], metavar=("TRAIN", "VAL", "TEST"),
+        help="share of each split; they sum to one and may be zero")
+    add("--near-duplicate", metavar="R", type=number(float, low=CANDIDATE, high=1), default=0.975,
+        help=f"correlation of two aligned faces, {CANDIDATE} to 1, above which they stay together")
+    add("--random", action="store_true",
+        help="let near-duplicates straddle splits, to measure what that leaks")
+    # fmt: on
     return parser
 
 
@@ -253,77 +313,43 @@ def main(args):
         raise UserError(
             f"--fractions sum to {sum(args.fractions):g}, not to one: mend them, such as 0.7 0.1 0.2"
         )
-    source, target = Path(args.input), Path(args.output)
-    check_writable("--output", target)
+    source, target = Path(args.input), Path(os.path.realpath(args.output))  # what a link leads to is replaced
+    check_writable("--output", args.output)
     faces = list_pairs(source)
+    is_split = (target / "split.csv").is_file()
+    if target.is_file() or (target.is_dir() and not is_split and any(target.iterdir())):
+        raise UserError(f"--output {args.output} is there and is not a split: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for old in target.parent.glob(f".old-{target.name}-????????/{target.name}"):
-        if not target.exists():  # after a kill while it was replaced
-            old.rename(target)
-    for kind in ("old", "tmp"):
-        for leftover in target.parent.glob(f".{kind}-{target.name}-????????"):
-            shutil.rmtree(leftover)
-    if (
-        target.exists()
-        and not (target / "split.csv").is_file()
-        and (target.is_file() or any(target.iterdir()))
-    ):
-        raise UserError(f"--output {target} is there and is not a split: name another folder")
+    remove_leftovers(target.parent, f".tmp-{target.name}-????????")
 
     thumbnails = read_thumbnails(source, faces, args.workers)
     pairs = find_near_duplicates(thumbnails, args.near_duplicate, args.workers)
-    components = connect(len(faces), pairs)
     groups = age_to_group([face.age for face in faces])
-    as_they_lie = connect(len(faces), [pair for pair in pairs if not pair[3]])
-    units = np.arange(len(faces)) if args.random else as_they_lie
-    splits = assign(groups, units, args.fractions, args.seed)
-    if not args.random:  # what aligning links follows its first face's group into the earliest split
-        earliest = np.full(len(faces), 2)
-        np.minimum.at(earliest, components, splits)
-        splits = earliest[components]
+    if args.random:
+        splits, moved = assign(groups, np.arange(len(faces)), args.fractions, args.seed), 0
+    else:
+        splits, moved = share_out(groups, pairs, args.fractions, args.seed)
 
-    names = [f"{face.stem}_image.png" for face in faces]
-    rows = [
-        {
-            "file": names[i],
-            "split": SPLITS[splits[i]],
-            "age": face.age,
-            "gender": face.gender,
-            "race": face.race,
-            "group": int(groups[i]),
-            "duplicate_of": "" if components[i] == i else names[components[i]],
-        }
-        for i, face in enumerate(faces)
-    ]
-    conflicts = [
-        {
-            "file": names[i],
-            "other": names[j],
-            "age": faces[i].age,
-            "other_age": faces[j].age,
-            "correlation": f"{correlation:.4f}",
-        }
-        for i, j, correlation, _ in pairs
-        if faces[i].age != faces[j].age
-    ]
-    there = is_there(source, target, rows, conflicts)
-    if not there and (target / "split.csv").exists() and not args.overwrite:
-        raise UserError(f"--output {target} was made from other faces or settings: --overwrite replaces it")
+    rows, conflicts = tabulate(faces, groups, splits, pairs)
+    settings = {key: getattr(args, key) for key in ("seed", "fractions", "near_duplicate", "random")}
+    settings = yaml.safe_dump(settings, sort_keys=False)
+    there = is_there(source, target, rows, conflicts, settings)
     if not there:
-        settings = {key: getattr(args, key) for key in ("seed", "fractions", "near_duplicate", "random")}
-        write_split(source, target, rows, conflicts, settings, args.overwrite)
+        if is_split and not args.overwrite:
+            raise UserError(
+                f"--output {args.output} was made from other faces or settings: --overwrite replaces it"
+            )
+        write_split(source, target, rows, conflicts, settings)
 
     print_table(groups, splits)
-    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), groups[splits == 0])
-    if len(missing) and args.fractions[0] > 0:
-        names = ", ".join(GROUP_NAMES[group] for group in missing)
-        print(f"warning: train holds no face of {names}: finetune.py will refuse it", file=sys.stderr)
-    several = np.unique(components, return_counts=True)[1]
-    several = several[several > 1]
+    warn_of_gaps(groups, splits, args.fractions)
+    sizes = np.unique(connect(len(faces), pairs), return_counts=True)[1]
+    sizes, aligned = sizes[sizes > 1], sum(pair.aligned for pair in pairs)
+    together = f"stay together, {moved} faces moved to an earlier split"
     print(
-        f"{target} {'holds this split already' if there else 'written'}: {len(faces)} faces; {len(pairs)} "
-        f"near-duplicate pairs in {len(several)} groups of {several.sum()} faces "
-        f"{'may straddle splits' if args.random else 'stay together'}; "
+        f"{args.output} {'holds this split already' if there else 'written'}: {len(faces)} faces; "
+        f"{len(pairs)} near-duplicate pairs, {aligned} of them only when aligned, in {len(sizes)} groups "
+        f"of {sizes.sum()} faces {'may straddle splits' if args.random else together}; "
         f"{len(conflicts)} pairs disagree on the age (conflicts.csv)"
     )
 

@@ -1,6 +1,7 @@
 """Draws faces of known age, with their true masks, under UTKFace's own file names.
 
-    python synthesize.py --output dataset/raw --count 2000
+    python tools/synthesize.py
+    python tools/synthesize.py --output dataset/raw --count 2000 --seed 0
 
 Writes 200×200 crops `<age>_<gender>_<race>_<timestamp>.jpg.chip.jpg` into `--output`, and the visible skin of
 each face as `<age>_<gender>_<race>_<timestamp>_mask.png` (one channel, 0/255) into `<output>_masks`. Age
@@ -9,7 +10,6 @@ as they do in photographs.
 """
 
 import sys
-from collections import deque
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import UserError, atomic_path, number, progress, run, script_parser
+from cli import UserError, atomic_path, number, progress, remove_leftovers, run, script_parser
 from utkface import AGE_GROUPS
 
 SIDE = 200  # pixels, UTKFace's
@@ -524,8 +524,9 @@ def write_face(index: int, seed: int, labels: tuple[int, int, int], image_path: 
 
 def get_parser():
     parser = script_parser("synthesize", __doc__)
-    parser.add_argument("--output", default="dataset/raw", help="folder to write; masks go to <output>_masks")
-    parser.add_argument("--count", type=number(int, low=1, high=10**7), default=2000, help="faces to draw")
+    add = parser.add_argument
+    add("--output", default="dataset/raw", help="folder to write; masks go to <output>_masks")
+    add("--count", metavar="N", type=number(int, low=1, high=10**7), default=2000, help="faces to draw")
     return parser
 
 
@@ -534,25 +535,18 @@ def main(args):
     plan = plan_faces(args.count, args.seed)
     files = [(images / f"{stem}.jpg.chip.jpg", masks / f"{stem}_mask.png") for stem, *_ in plan]
     try:
+        there = set()
         for folder in (images, masks):
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".tmp-*"):  # of a run that was killed
-                leftover.unlink()
-        there = {*images.iterdir(), *masks.iterdir()}
-        others = sorted(there.difference(*files))
-        if others and not args.overwrite:
-            raise UserError(f"--output {images} holds other files: --overwrite replaces faces drawn before")
-        for path in others:  # a true mask tells a drawn face from a photograph, which is not ours to delete
-            if masks / f"{path.name.split('.')[0].removesuffix('_mask')}_mask.png" not in there:
-                raise UserError(
-                    f"--output {images} holds {path.name}, not drawn by this script: name another folder"
-                )
-        for path in others:
-            path.unlink()
+            remove_leftovers(folder)
+            there.update(path for path in folder.iterdir() if not path.name.startswith("."))
+        if there.difference(*files):
+            raise UserError(f"--output {images} holds other files: empty it, or name another folder")
         todo = [i for i in range(args.count) if args.overwrite or not there.issuperset(files[i])]
         with ThreadPool(max(args.workers, 1)) as pool:
-            done = pool.imap_unordered(lambda i: write_face(i, args.seed, plan[i][1:], *files[i]), todo)
-            deque(progress(done, desc="faces", total=len(todo)), maxlen=0)
+            drawing = pool.imap_unordered(lambda i: write_face(i, args.seed, plan[i][1:], *files[i]), todo)
+            for _ in progress(drawing, "faces", len(todo), unit="face"):
+                pass
     except OSError as error:
         raise UserError(f"--output {images} cannot be written ({error.strerror}): name another") from None
     print(f"{images}: {len(todo):,} faces drawn, {args.count - len(todo):,} already there; masks in {masks}")
