@@ -129,10 +129,9 @@ def main(args):
         finish_epoch(training, row)
         if not rank() and training.best["epoch"] == epoch + 1:
             save_best(training, val_dataset, split)
-        shown = {key.replace("_", " "): value for key, value in figures.items() if value is not None}
         print(
             f"epoch {epoch + 1}/{args.epochs}: train loss {age_loss:.4f}, "
-            + "".join(f"{key} {value:.4f}, " for key, value in shown.items())
+            + "".join(f"{name.replace('_', ' ')} {value:.4f}, " for name, value in figures.items() if value)
             + f"{seconds:.0f} s, {len(losses) * args.batch_size / seconds:.0f} faces/s"
         )
 

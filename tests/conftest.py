@@ -20,6 +20,10 @@ torch.set_num_threads(min(2, os.cpu_count()))
 from cli import TOOLS, run
 
 
+# Training at its smallest.
+FAST = ["--image-size", 32, "--batch-size", 16, "--workers", 0, "--device", "cpu"]
+
+
 @pytest.fixture
 def cli(capsys, monkeypatch):
     """Calls a script as its command line would, in this process: (exit code, stdout, stderr)."""
@@ -64,7 +68,7 @@ def shell(script, *arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-COMMAND = re.compile(r"(?:\bpython|\btorchrun[^\n`]*?) (?:(?:\.\./)*|/\S*/)(\w+)\.py\b([^\n`#|]*)")
+COMMAND = re.compile(r"(?:\bpython|\btorchrun[^\n`]*?) (?:(?:\.\./)*(?:tools/)?|/\S*/)(\w+)\.py\b([^\n`#|]*)")
 
 
 def commands(text):

@@ -1,4 +1,4 @@
-"""Every command that README, scripts and configs name is one that its script takes."""
+"""Every command that the docs, scripts and configs name is one that its script takes."""
 
 import importlib
 import re
@@ -7,12 +7,14 @@ import subprocess
 
 import pytest
 
-from common import SCRIPTS, UserError, parse_args
-from conftest import ROOT, commands
+from cli import STAGES, TOOLS, UserError, parse_args
+from conftest import ROOT, commands, script_path
 
+SCRIPTS = STAGES + TOOLS
 PLACES = [
     ROOT / "README.md",
-    *(ROOT / f"{name}.py" for name in SCRIPTS),
+    *sorted(ROOT.glob("docs/*.md")),
+    *map(script_path, SCRIPTS),
     *sorted(ROOT.glob("configs/*.yaml")),
 ]
 
@@ -21,7 +23,7 @@ PLACES = [
 def test_commands_are_taken(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # configs are named from there
     found = list(commands(path.read_text(encoding="utf-8")))
-    assert found or path.suffix == ".yaml"
+    assert found or path.suffix in (".yaml", ".md")
     for script, arguments in found:
         assert script in SCRIPTS, script
         try:
@@ -32,15 +34,18 @@ def test_commands_are_taken(path, monkeypatch):
 
 def test_a_command_that_no_script_takes_is_found():
     text = "`python split.py --input faces`, then torchrun --x finetune.py --nonsense 3 # why\n"
-    assert list(commands(text)) == [("split", ["--input", "faces"]), ("finetune", ["--nonsense", "3"])]
+    text += "python tools/table.py runs/*.pt\n"
+    assert list(commands(text)) == [
+        ("split", ["--input", "faces"]), ("finetune", ["--nonsense", "3"]), ("table", ["runs/*.pt"])
+    ]  # fmt: skip
 
 
-def test_readme_names_every_script_config_and_target():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_name_every_script_config_and_target():
+    text = "".join(path.read_text(encoding="utf-8") for path in PLACES if path.suffix == ".md")
     for name in [*(f"{name}.py" for name in SCRIPTS), *(p.name for p in ROOT.glob("configs/*.yaml"))]:
         assert name in text, name
     targets = set(re.findall(r"\bmake (\w+)", text))
-    assert targets >= {"run", "test", "table", "soak"}
+    assert targets >= {"run", "best", "test", "table", "soak"}
     for target in targets:
         command = ["make", "-n", target, "DATA=faces.tar.gz"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -49,3 +54,14 @@ def test_readme_names_every_script_config_and_target():
         assert found or target in ("test", "soak"), target
         for script, arguments in found:
             parse_args(importlib.import_module(script).get_parser(), arguments)
+
+
+def test_the_readme_is_read_to_the_end():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    for path in PLACES:
+        if path.suffix == ".md":
+            for line in path.read_text(encoding="utf-8").splitlines():
+                assert len(line) <= 110 or line.startswith(("|", "python")), (path.name, line)
+            for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+                assert (path.parent / link).exists(), (path.name, link)

@@ -1,0 +1,203 @@
+"""What a run keeps in `.last.pt`, what it may continue, and whether its flags arrive."""
+
+import csv
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+import pretrain
+from common import FaceDataset, load_checkpoint
+from conftest import FAST
+from training import EpochBatches, begin_training, warmup_cosine
+
+
+def stop_in_epoch(monkeypatch, module, epoch):
+    """Ctrl-C at the beginning of an epoch (the first is 1)."""
+    train = module.train_one_epoch
+
+    def stopped(training, *args):
+        if training.epoch + 1 == epoch:
+            raise KeyboardInterrupt
+        return train(training, *args)
+
+    monkeypatch.setattr(module, "train_one_epoch", stopped)
+
+
+def test_a_look_into_the_state_after_one_epoch_of_two(drawn, tmp_path, cli, monkeypatch):
+    begun = []
+
+    def begin(*args):
+        training = begin_training(*args)
+        begun.append({key: value.clone() for key, value in training.model.state_dict().items()})
+        begun.append(training.loader)
+        return training
+
+    monkeypatch.setattr(finetune, "begin_training", begin)
+    stop_in_epoch(monkeypatch, finetune, 2)
+    flags = [
+        "--data",
+        drawn / "dataset/processed_split",
+        "--out",
+        tmp_path / "m.pt",
+        *FAST,
+        "--init",
+        "random",
+    ]
+    flags += ["--epochs", 2, "--lr", 0.01, "--lr-strategy", "differentiated", "--backbone-lr-scale", 0.2]
+    flags += ["--weight-decay", 0.3, "--ema", 0.9, "--multitask", "--seed", 5]
+    assert cli("finetune", *flags)[0] == 130
+    state, start, loader = load_checkpoint(tmp_path / "m.last.pt", "model.last"), *begun
+    groups = {group["name"]: group for group in state["optimizer"]["param_groups"]}
+    rates = {name: (group["initial_lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert rates == {
+        "backbone": (pytest.approx(0.002), 0.3), "backbone, no decay": (pytest.approx(0.002), 0.0),
+        "heads": (0.01, 0.3), "heads, no decay": (0.01, 0.0),
+    }  # fmt: skip
+    steps = len(loader)
+    assert state["epoch"] == 1 and state["schedule"]["last_epoch"] == steps
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    schedule = warmup_cosine(optimizer, 2 * steps)  # over both epochs
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+    assert groups["heads"]["lr"] == pytest.approx(schedule.get_last_lr()[0])
+    assert 0.003 < groups["heads"]["lr"] < 0.007
+    # The average lies between start and end, and near the end, since it starts short.
+    assert state["average"]["n_averaged"] == steps
+    key = "backbone.layer1.0.conv1.weight"
+    end, average = state["model"][key], state["average"]["module." + key]
+    assert 0 < (average - end).norm() < 0.7 * (start[key] - end).norm()
+    assert (average - start[key]).norm() > 0
+    # Order and augmentation follow --seed.
+    assert loader.batch_sampler.seed == loader.dataset.seed == 5 and loader.dataset.augment is not None
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, script):
+    module, firsts = {"pretrain": pretrain, "finetune": finetune}[script], []
+
+    def look(training, _):
+        firsts.append(next(iter(training.loader))["image"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train_one_epoch", look)
+    flags = [
+        "--data",
+        drawn / "dataset/processed_split",
+        "--out",
+        tmp_path / "o.pt",
+        *FAST,
+        "--init",
+        "random",
+    ]
+    for seed in (0, 0, 1):
+        assert cli(script, *flags, "--seed", seed)[0] == 130
+    assert torch.equal(firsts[0], firsts[1]) and not torch.equal(firsts[0], firsts[2])
+
+
+def test_what_may_be_continued(drawn, tmp_path, cli, refuse, monkeypatch):
+    """A run with the same settings, however its paths are spelled, as long as they lead to the same bytes."""
+    data = tmp_path / "split"
+    shutil.copytree(drawn / "dataset/processed_split", data)
+    flags = ["--epochs", 2, *FAST]
+    assert cli("pretrain", "--data", data, *FAST, "--epochs", 1, "--out", "c.pt", cwd=tmp_path)[0] == 0
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, finetune, 2)
+        assert cli("finetune", "--data", data, *flags, "--init", "c.pt", cwd=tmp_path)[0] == 130
+    run = ["finetune", "--data", data, *flags, "--init", "c.pt"]
+    refuse(*run, words=["--resume", "--overwrite"])
+    refuse(*run, "--resume", "--epochs", 3, words=["--epochs 2, not 3", "--overwrite"])
+    refuse(*run, "--resume", "--lr", 0.5, words=["--lr"])
+    # Pretrained again under the same name, with another result.
+    shutil.copy("c.pt", "kept.pt")
+    assert (
+        cli("pretrain", "--data", data, *FAST, "--epochs", 1, "--seed", 1, "--out", "c.pt", "--overwrite")[0]
+        == 0
+    )
+    refuse(*run, "--resume", words=["another file behind --init c.pt", "--overwrite"])
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, finetune, 2)
+        code, printed, _ = cli("finetune", "--data", "split/", *flags, "--init", "./kept.pt", "--resume")
+    assert code == 130 and "resumed model.last.pt at epoch 1" in printed
+    next((data / "train").glob("*_image.png")).unlink()  # now other faces
+    refuse("finetune", "--data", "split", *flags, "--init", "kept.pt", "--resume", words=["other faces"])
+
+
+def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse):
+    flags = [
+        "finetune",
+        "--data",
+        drawn / "dataset/processed_split",
+        *FAST,
+        "--init",
+        "random",
+        "--epochs",
+        1,
+    ]
+    out = tmp_path / "lr0.01.pt"
+    assert cli(*flags, "--out", out)[0] == 0
+    names = ["lr0.01.csv", "lr0.01.last.pt", "lr0.01.png", "lr0.01.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    before = out.read_bytes()
+    assert cli(*flags, "--out", out)[0] == 0 and out.read_bytes() == before
+    assert cli(*flags, "--out", tmp_path / "lr0.001.pt")[0] == 0  # its files do not collide with the first's
+    (tmp_path / "lr0.01.last.pt").unlink()
+    refuse(*flags, "--out", out, words=["lr0.01.pt is there", "--overwrite"])
+    with open(tmp_path / "lr0.01.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 1
+
+
+def test_each_epoch_has_its_own_order_and_drops_only_the_rest():
+    batches = EpochBatches(37, 8, seed=3)
+    orders = []
+    for batches.epoch in (0, 1, 0):
+        keys = [key for batch in batches for key in batch]
+        assert len(keys) == len(set(keys)) == 32 and {epoch for epoch, _ in keys} == {batches.epoch}
+        orders.append([index for _, index in keys])
+    assert orders[0] == orders[2] != orders[1]
+    assert [index for batch in EpochBatches(37, 8, seed=4) for _, index in batch] != orders[0]
+
+
+def test_workers_that_are_not_forked_share_the_pictures(drawn, tmp_path, monkeypatch):
+    """Where they are spawned, tensors travel as handles; the batches are the same."""
+    import training
+
+    dataset = FaceDataset(drawn / "dataset/processed_split/val", 32)
+    forked = list(training.train_loader(dataset, 4, 0, 1, torch.device("cpu")))
+    monkeypatch.setattr(sys, "platform", "elsewhere")
+    loader = training.train_loader(dataset, 4, 0, 1, torch.device("cpu"))
+    assert loader.multiprocessing_context is None
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(forked, loader, strict=True))
+
+
+def test_warmup_cosine():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule, rates = warmup_cosine(optimizer, 100), []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert np.allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0]) and max(rates) == 2.0
+    assert (np.diff(rates[5:]) < 0).all() and rates[-1] < 0.01
+    assert rates[52] == pytest.approx(1, abs=0.03)
+
+
+def test_batches_that_do_not_divide_are_refused(monkeypatch):
+    import training
+
+    monkeypatch.setattr(training, "world_size", lambda: 3)
+    for size in (16, 3):
+        with pytest.raises(training.UserError, match="--batch-size"):
+            training.check_batch_size(size, 100)
+
+
+def test_usable_device_names(tmp_path, drawn, refuse):
+    for device in ("meta", "toaster", "cuda:77", "xpu"):
+        flags = ["--data", drawn / "dataset/processed_split", *FAST[:-2], "--device", device]
+        refuse("pretrain", *flags, "--out", tmp_path / "o.pt", words=["--device", device])
+    assert not os.listdir(tmp_path)
