@@ -7,18 +7,24 @@ import cv2
 import numpy as np
 import pytest
 
-from common import AGE_GROUPS
 from conftest import noise_pairs, write_pair
-from split import assign, connect, find_near_duplicates
+from split import Pair, assign, connect, find_near_duplicates, share_out, unit_vectors
+from utkface import AGE_GROUPS, resize
 
 AGES = [
     age for first, last in AGE_GROUPS.values() for age in np.linspace(first, min(last, 95), 20).astype(int)
 ]
+AS_IT_LIES = ("darker", "encoded")  # copies that need no aligning to be seen
 
 
 def read(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def table(folder):
+    """split.csv's rows by stem."""
+    return {row["file"].removesuffix("_image.png"): row for row in read(folder / "split.csv")}
 
 
 def tree(folder):
@@ -27,166 +33,101 @@ def tree(folder):
     }
 
 
-def plant_copies(folder, stems):
-    """Adds to each stem a brighter copy of another age, and a copy of that; returns the families."""
-    families = []
-    for i, stem in enumerate(stems):
-        image = cv2.imread(str(folder / f"{stem}_image.png"))
-        family = [stem]
-        for step in (1, 2):
-            age = (int(stem.split("_")[0]) + 12 * step) % 90
-            family.append(f"{age}_0_0_{30000000000000000 + 10 * i + step}")
-            write_pair(folder, family[-1], cv2.convertScaleAbs(image, alpha=0.9**step, beta=10))
+def crops(rng):
+    """A picture of smooth noise, what is a copy of it by name, and a stranger that resembles it."""
+    noise = rng.integers(0, 256, (2, 10, 10, 3), np.uint8)
+    picture, other = (cv2.resize(image, (110, 110), interpolation=cv2.INTER_CUBIC) for image in noise)
+    first, moved = picture[5:105, 5:105], picture[5:105, 7:107]
+    copies = {
+        "darker": cv2.convertScaleAbs(first, alpha=0.8, beta=10),
+        "encoded": cv2.imdecode(cv2.imencode(".jpg", first, [cv2.IMWRITE_JPEG_QUALITY, 40])[1], 1),
+        "mirrored": first[:, ::-1],
+        "shifted": moved,
+        "zoomed": picture[7:102, 7:102],
+        "mirrored and shifted": moved[:, ::-1],
+    }
+    return first, copies, cv2.addWeighted(first, 0.75, other[5:105, 5:105], 0.25, 0)
+
+
+def plant(folder, count):
+    """Writes families of copies of differing ages, and a stranger to each; returns the stems of both."""
+    rng, families, strangers = np.random.default_rng(3), [], []
+    for i in range(count):
+        first, copies, stranger = crops(rng)
+        family = []
+        for step, image in enumerate([first, *copies.values(), stranger]):
+            family.append(f"{(7 * i + 13 * step) % 90}_0_0_{3000 + 10 * i + step}")
+            write_pair(folder, family[-1], image)
+        strangers.append(family.pop())
         families.append(family)
-    return families
+    return families, strangers
 
 
-def test_planted_copies_do_not_leak(tmp_path, cli):
-    source, target = tmp_path / "processed", tmp_path / "split"
-    stems = noise_pairs(source, AGES)
-    families = plant_copies(source, stems[::6])
-    code, out, _ = cli("split", "--input", source, "--output", target)
-    assert code == 0 and "Older Adult" in out
-    rows = {row["file"].removesuffix("_image.png"): row for row in read(target / "split.csv")}
+def test_planted_copies_stay_together_and_strangers_do_not(tmp_path, cli):
+    source = tmp_path / "processed"
+    noise_pairs(source, AGES)
+    families, strangers = plant(source, 10)
+    code, out, _ = cli("split", "--input", source, "--output", tmp_path / "split")
+    assert code == 0 and "Older Adult" in out and "in 10 groups of 70 faces stay together" in out
+    rows = table(tmp_path / "split")
     for family in families:
         assert len({rows[stem]["split"] for stem in family}) == 1
-        first = min(family)
-        assert [rows[stem]["duplicate_of"] for stem in family if stem != first] == [f"{first}_image.png"] * 2
-    conflicts = {frozenset((row["file"], row["other"])) for row in read(target / "conflicts.csv")}
-    for family in families:
-        assert frozenset(f"{stem}_image.png" for stem in family[:2]) in conflicts
-    assert len(conflicts) == 3 * len(families)
+        named = [rows[stem]["duplicate_of"] for stem in sorted(family)]
+        assert named == ["", *[f"{min(family)}_image.png"] * 6]
+    assert sum(row["duplicate_of"] != "" for row in rows.values()) == 60
+    conflicts = read(tmp_path / "split/conflicts.csv")
+    assert {frozenset((row["file"], row["other"])) for row in conflicts} >= {
+        frozenset(f"{stem}_image.png" for stem in (family[0], copy))
+        for family in families
+        for copy in family[1:]
+    }
+    assert all(rows[row["file"][:-10]]["age"] == row["age"] != row["other_age"] for row in conflicts)
+
+    # The threshold is honoured: below, strangers are taken for copies; above, moved copies for strangers
+    for threshold, others, least, most in ((0.9, strangers, 5, 10), (0.999, [f[4] for f in families], 0, 0)):
+        flags = ["--near-duplicate", threshold, "--overwrite"]
+        assert cli("split", "--input", source, "--output", tmp_path / "split", *flags)[0] == 0
+        rows = table(tmp_path / "split")
+        root = {stem: row["duplicate_of"] or row["file"] for stem, row in rows.items()}
+        assert least <= sum(root[f[0]] == root[other] for f, other in zip(families, others)) <= most
+        assert f"near_duplicate: {threshold}" in (tmp_path / "split/split.yaml").read_text()
 
 
 def test_a_random_split_leaks_and_says_so(tmp_path, cli):
     source, target = tmp_path / "processed", tmp_path / "split"
-    families = plant_copies(source, noise_pairs(source, AGES)[::3])
+    noise_pairs(source, AGES)
+    families, _ = plant(source, 10)
     code, out, _ = cli("split", "--input", source, "--output", target, "--random")
     assert code == 0 and "may straddle" in out
-    rows = {row["file"].removesuffix("_image.png"): row for row in read(target / "split.csv")}
-    straddling = [family for family in families if len({rows[stem]["split"] for stem in family}) > 1]
-    assert len(straddling) > len(families) / 4
+    rows = table(target)
+    assert sum(len({rows[stem]["split"] for stem in family}) > 1 for family in families) > 5
     for family in families:  # still named, so that evaluate.py can tell
-        assert sum(rows[stem]["duplicate_of"] == f"{min(family)}_image.png" for stem in family) == 2
+        assert sum(rows[stem]["duplicate_of"] == f"{min(family)}_image.png" for stem in family) == 6
 
 
-def test_every_pair_lands_in_exactly_one_split(tmp_path, cli):
-    source, target = tmp_path / "processed", tmp_path / "split"
-    stems = noise_pairs(source, AGES)
-    assert cli("split", "--input", source, "--output", target)[0] == 0
-    assert sorted(os.listdir(target)) == ["conflicts.csv", "split.csv", "split.yaml", "test", "train", "val"]
-    found = [name for split in ("train", "val", "test") for name in os.listdir(target / split)]
-    assert sorted(found) == sorted(f"{stem}_{part}.png" for stem in stems for part in ("image", "mask"))
-    rows = read(target / "split.csv")
-    assert list(rows[0]) == ["file", "split", "age", "gender", "race", "group", "duplicate_of"]
-    for row in rows:
-        assert (target / row["split"] / row["file"]).is_file()
-    for group in range(6):
-        counts = [
-            sum(row["split"] == s and row["group"] == str(group) for row in rows)
-            for s in ("train", "val", "test")
-        ]
-        assert counts == [14, 2, 4]
-    assert os.stat(source / f"{stems[0]}_image.png").st_nlink == 2  # a hard link, no copy
-
-
-def test_split_depends_on_the_seed_and_not_on_file_order(tmp_path, cli):
-    source, shuffled = tmp_path / "a", tmp_path / "b"
-    stems = noise_pairs(source, AGES)
-    shuffled.mkdir()
-    for stem in random.Random(0).sample(stems, len(stems)):
-        for part in ("mask", "image"):
-            (shuffled / f"{stem}_{part}.png").write_bytes((source / f"{stem}_{part}.png").read_bytes())
-    for folder, seed, out in ((source, 1, "x"), (shuffled, 1, "y"), (source, 2, "z")):
-        assert (
-            cli("split", "--input", folder, "--output", tmp_path / out, "--seed", seed, "--workers", 2)[0]
-            == 0
-        )
-    assert tree(tmp_path / "x") == tree(tmp_path / "y")
-    assert tree(tmp_path / "x") != tree(tmp_path / "z")
-
-
-def test_zero_fractions_make_an_exam(tmp_path, cli):
-    stems = noise_pairs(tmp_path / "processed", AGES)
-    code, _, err = cli(
-        "split", "--input", tmp_path / "processed", "--output", tmp_path / "s", "--fractions", 0, 0, 1
-    )
-    assert code == 0 and err == ""
-    assert len(os.listdir(tmp_path / "s/test")) == 2 * len(stems)
-    assert os.listdir(tmp_path / "s/train") == os.listdir(tmp_path / "s/val") == []
-
-
-def test_a_class_missing_in_train_is_a_warning(tmp_path, cli):
-    noise_pairs(tmp_path / "processed", [30] * 10 + [50] * 10)
-    code, _, err = cli("split", "--input", tmp_path / "processed", "--output", tmp_path / "s")
-    assert code == 0 and "Infant" in err and "Youth" in err and "Young Adult" not in err
-
-
-def test_rerun_and_overwrite(tmp_path, cli, refuse):
-    source, target = tmp_path / "processed", tmp_path / "split"
-    noise_pairs(source, AGES)
-    flags = ["--input", source, "--output", target]
-    assert cli("split", *flags)[0] == 0
-    before = tree(target)
-    code, out, _ = cli("split", *flags)
-    assert code == 0 and "already" in out and tree(target) == before
-    refuse("split", *flags, "--seed", 5, words=[str(target), "--overwrite"])
-    assert tree(target) == before
-    (target / "test" / os.listdir(target / "test")[0]).unlink()
-    refuse("split", *flags, words=["--overwrite"])  # no longer whole
-    assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
-    assert tree(target) != before
-    mask = next((target / "train").glob("*_mask.png"))
-    write_pair(tmp_path / "new", mask.name.removesuffix("_mask.png"), np.zeros((40, 40, 3), np.uint8))
-    os.replace(tmp_path / "new" / mask.name, source / mask.name)  # as masks.py --overwrite does
-    refuse("split", *flags, "--seed", 5, words=["--overwrite"])
-    assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
-    assert mask.read_bytes() == (source / mask.name).read_bytes()
-    shutil.rmtree(tmp_path / "new")
-    assert sorted(os.listdir(tmp_path)) == ["processed", "split"]
-
-
-def test_a_folder_that_is_no_split_is_never_replaced(tmp_path, refuse):
-    noise_pairs(tmp_path / "processed", AGES)
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious/thesis.txt").write_text("mine")
-    refuse(
-        "split", "--input", tmp_path / "processed", "--output", tmp_path / "precious", "--overwrite",
-        words=["precious", "another folder"],
-    )  # fmt: skip
-    assert (tmp_path / "precious/thesis.txt").read_text() == "mine"
-
-
-def test_bad_input(tmp_path, refuse):
-    target = tmp_path / "split"
-    stems = noise_pairs(tmp_path / "p", [1, 2, 30, 40])
-    (tmp_path / "empty").mkdir()
-    flags = ["--output", target, "--input"]
-    refuse("split", *flags, tmp_path / "nowhere", words=["nowhere"])
-    refuse("split", *flags, tmp_path / "empty", words=["empty"])
-    refuse("split", *flags, tmp_path / "p", "--fractions", 0.7, 0.1, 0.1, words=["--fractions", "one"])
-    refuse("split", *flags, tmp_path / "p", "--fractions", 1.2, -0.1, -0.1, words=["--fractions"])
-    refuse("split", *flags, tmp_path / "p", "--nonsense", words=["--nonsense"])
-    write_pair(tmp_path / "p", stems[0], np.zeros((40, 40, 3), np.uint8), np.zeros((40, 41), np.uint8))
-    refuse("split", *flags, tmp_path / "p", words=[f"{stems[0]}_mask.png", "size"])
-    (tmp_path / "p" / f"{stems[0]}_mask.png").unlink()
-    refuse("split", *flags, tmp_path / "p", words=[f"{stems[0]}_mask.png"])
-    (tmp_path / "p" / f"{stems[0]}_mask.png").write_text("no image")
-    refuse("split", *flags, tmp_path / "p", words=[f"{stems[0]}_mask.png", "readable"])
-    assert sorted(os.listdir(tmp_path)) == ["empty", "p"]
-
-
-def test_find_near_duplicates_equals_numpy():
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(40, 64))
-    images[7] = 2 * images[31] + 5 + rng.normal(size=64) * 0.05
-    images[8] = images[9]
-    expected = np.argwhere(np.triu(np.corrcoef(images), 1) > 0.3)
-    rows = images - images.mean(axis=1, keepdims=True)
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    found = find_near_duplicates(rows, 0.3, block=16)
-    assert sorted((i, j) for i, j, _ in found) == [tuple(pair) for pair in expected.tolist()]
-    assert {(i, j) for i, j, _ in find_near_duplicates(rows, 0.98, block=16)} == {(7, 31), (8, 9)}
+@pytest.mark.parametrize("block", [5, 2048])
+def test_find_near_duplicates(block):
+    rng, images, expected = np.random.default_rng(3), [], {}
+    for _ in range(4):
+        first, copies, stranger = crops(rng)
+        start = len(images)
+        images += [first, stranger, *copies.values()]
+        expected |= {(start, start + 2 + i): name not in AS_IT_LIES for i, name in enumerate(copies)}
+    images.append(np.full_like(images[0], 90))  # of no contrast, and so like nothing
+    thumbnails = np.stack([resize(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), 64) for image in images])
+    found = find_near_duplicates(thumbnails, 0.975, workers=2, block=block)
+    assert found == sorted(found)
+    aligned = {(pair.first, pair.second): pair.aligned for pair in found}
+    assert expected.items() <= aligned.items()
+    assert all(first < second < len(images) - 1 and first // 8 == second // 8 for first, second in aligned)
+    assert not {i % 8 for pair in aligned for i in pair} & {1}  # the strangers
+    small = unit_vectors(np.stack([resize(image, 32) for image in thumbnails]))
+    for pair in found:
+        assert 0.975 < pair.correlation <= 1.0001
+        if not pair.aligned:
+            assert pair.correlation == pytest.approx(
+                np.corrcoef(small[[pair.first, pair.second]])[0, 1], abs=1e-5
+            )
 
 
 def test_connect_follows_chains():
@@ -207,3 +148,165 @@ def test_shares_hold_for_every_group_despite_duplicates(fractions):
         shares = np.bincount(splits[groups == group], minlength=3) / (groups == group).sum()
         assert np.abs(shares - fractions).max() < 0.01
     assert not (splits[:, None] == np.flatnonzero(np.array(fractions) == 0)).any()
+
+
+def test_aligning_changes_an_older_split_only_where_it_must():
+    groups = np.random.default_rng(3).integers(6, size=600)
+    lying = [Pair(i, i + 1, 0.99, False) for i in range(0, 60, 2)]
+    aligned = [Pair(i, 300 + i, 0.98, True) for i in range(0, 100, 2)]
+    before, moved = share_out(groups, lying, (0.7, 0.1, 0.2), seed=4)
+    assert moved == 0 and (before == assign(groups, connect(600, lying), (0.7, 0.1, 0.2), seed=4)).all()
+    after, moved = share_out(groups, lying + aligned, (0.7, 0.1, 0.2), seed=4)
+    components = connect(600, lying + aligned)
+    for root in np.unique(components):
+        member = components == root
+        assert (after[member] == before[member].min()).all()
+    assert moved == (after != before).sum() > 10
+
+
+def test_every_pair_lands_in_exactly_one_split(tmp_path, cli):
+    source, target = tmp_path / "processed", tmp_path / "split"
+    stems = noise_pairs(source, AGES)
+    assert cli("split", "--input", source, "--output", target)[0] == 0
+    assert sorted(os.listdir(target)) == ["conflicts.csv", "split.csv", "split.yaml", "test", "train", "val"]
+    found = [name for split in ("train", "val", "test") for name in os.listdir(target / split)]
+    assert sorted(found) == sorted(f"{stem}_{part}.png" for stem in stems for part in ("image", "mask"))
+    rows = read(target / "split.csv")
+    assert list(rows[0]) == ["file", "split", "age", "gender", "race", "group", "duplicate_of"]
+    assert all((target / row["split"] / row["file"]).is_file() for row in rows)
+    for group in "012345":
+        chosen = [row["split"] for row in rows if row["group"] == group]
+        assert [chosen.count(split) for split in ("train", "val", "test")] == [14, 2, 4]
+    assert os.stat(source / f"{stems[0]}_image.png").st_nlink == 2  # a hard link, no copy
+
+
+def test_split_depends_on_the_seed_and_not_on_file_order(tmp_path, cli):
+    source, shuffled = tmp_path / "a", tmp_path / "b"
+    stems = noise_pairs(source, AGES)
+    shuffled.mkdir()
+    for stem in random.Random(0).sample(stems, len(stems)):
+        for part in ("mask", "image"):
+            (shuffled / f"{stem}_{part}.png").write_bytes((source / f"{stem}_{part}.png").read_bytes())
+    for folder, seed, out, workers in ((source, 1, "x", 1), (shuffled, 1, "y", 2), (source, 2, "z", 2)):
+        flags = ["--seed", seed, "--workers", workers]
+        assert cli("split", "--input", folder, "--output", tmp_path / out, *flags)[0] == 0
+    assert tree(tmp_path / "x") == tree(tmp_path / "y")
+    assert tree(tmp_path / "x" / "train") != tree(tmp_path / "z" / "train")
+
+
+def test_zero_fractions_make_an_exam(tmp_path, cli):
+    stems = noise_pairs(tmp_path / "p", AGES)
+    flags = ["--input", tmp_path / "p", "--output", tmp_path / "s", "--fractions", 0, 0, 1]
+    code, _, err = cli("split", *flags)
+    assert code == 0 and err == ""
+    assert len(os.listdir(tmp_path / "s/test")) == 2 * len(stems)
+    assert os.listdir(tmp_path / "s/train") == os.listdir(tmp_path / "s/val") == []
+
+
+@pytest.mark.parametrize(
+    "ages, fractions, words, absent",
+    [
+        ([30] * 10 + [50] * 10, (0.7, 0.1, 0.2), ["no face of Infant, Child, Youth, Older Adult"], ["empty"]),
+        ([1, 10, 20, 30, 50, 70], (0.7, 0.1, 0.2), ["val and test came out empty", "--fractions"], ["no"]),
+        ([1, 10, 20, 30, 50, 70], (0.8, 0.2, 0), ["val came out empty", "add faces"], ["test"]),
+        ([1, 10, 20, 30, 50, 70] * 4, (0.5, 0.25, 0.25), [], ["warning"]),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_a_warning(tmp_path, cli, ages, fractions, words, absent):
+    noise_pairs(tmp_path / "p", ages)
+    flags = ["--input", tmp_path / "p", "--output", tmp_path / "s", "--fractions", *fractions]
+    code, _, err = cli("split", *flags)
+    assert code == 0 and all(word in err for word in words) and not any(word in err for word in absent), err
+
+
+def test_rerun_and_overwrite(tmp_path, cli, refuse):
+    source, target = tmp_path / "processed", tmp_path / "split"
+    noise_pairs(source, AGES)
+    flags = ["--input", source, "--output", target]
+    assert cli("split", *flags)[0] == 0
+    before = tree(target)
+    code, out, _ = cli("split", *flags)
+    assert code == 0 and "holds this split already" in out and tree(target) == before
+    for other in (["--seed", 5], ["--near-duplicate", 0.96], ["--random"]):
+        refuse("split", *flags, *other, words=[str(target), "--overwrite"])
+    assert tree(target) == before
+    for damage in ((target / "split.yaml", "seed: ["), (target / "split.csv", "file\n")):
+        damage[0].write_text(damage[1])
+        refuse("split", *flags, words=["--overwrite"])
+        assert cli("split", *flags, "--overwrite")[0] == 0 and tree(target) == before
+    (target / "test" / os.listdir(target / "test")[0]).unlink()
+    refuse("split", *flags, words=["--overwrite"])  # no longer whole
+    assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
+    assert tree(target) != before
+    mask = next((target / "train").glob("*_mask.png"))
+    write_pair(tmp_path / "new", mask.name.removesuffix("_mask.png"), np.zeros((40, 40, 3), np.uint8))
+    os.replace(tmp_path / "new" / mask.name, source / mask.name)  # as masks.py --overwrite does
+    refuse("split", *flags, "--seed", 5, words=["--overwrite"])
+    assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
+    assert mask.read_bytes() == (source / mask.name).read_bytes()
+    shutil.rmtree(tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["processed", "split"]
+
+
+def test_a_kill_while_a_split_is_replaced_leaves_none_by_halves(tmp_path, cli, monkeypatch):
+    noise_pairs(tmp_path / "p", AGES)
+    flags = ["--input", tmp_path / "p", "--output", tmp_path / "s"]
+    assert cli("split", *flags)[0] == 0
+    monkeypatch.setattr("split.shutil.rmtree", lambda *_, **__: None)  # a kill cleans nothing up
+    rename, seen = type(tmp_path).rename, []
+
+    def killed(path, new):
+        seen.append(sorted(os.listdir(tmp_path / "s")) if (tmp_path / "s").exists() else None)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return rename(path, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("split.Path.rename", killed)
+        assert cli("split", *flags, "--seed", 1, "--overwrite")[0] == 130
+    assert "split.csv" in seen[0] and seen[1] is None and not (tmp_path / "s").exists()
+    [leftover] = tmp_path.glob(".tmp-*")
+    assert (
+        cli("split", *flags, "--seed", 1)[0] == 0 and leftover.exists()
+    )  # young: a living run's, for all it knows
+    monkeypatch.undo()
+    for path in (leftover, *tmp_path.glob(".tmp-*")):
+        os.utime(path, (0, 0))
+    (tmp_path / ".tmp-s-b-abcdefgh").mkdir()
+    os.utime(tmp_path / ".tmp-s-b-abcdefgh", (0, 0))  # another output's
+    assert "already" in cli("split", *flags, "--seed", 1)[1]
+    assert sorted(os.listdir(tmp_path)) == [".tmp-s-b-abcdefgh", "p", "s"]
+
+
+def test_a_link_is_followed_and_other_folders_are_never_replaced(tmp_path, cli, refuse):
+    noise_pairs(tmp_path / "p", AGES)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "s").symlink_to(tmp_path / "big")
+    flags = ["--input", tmp_path / "p", "--output"]
+    assert cli("split", *flags, tmp_path / "s")[0] == 0
+    assert (tmp_path / "s").is_symlink() and (tmp_path / "big/split.csv").is_file()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/thesis.txt").write_text("mine")
+    refuse("split", *flags, tmp_path / "precious", "--overwrite", words=["precious", "another folder"])
+    assert (tmp_path / "precious/thesis.txt").read_text() == "mine"
+
+
+def test_bad_input(tmp_path, refuse):
+    stems = noise_pairs(tmp_path / "p", [1, 2, 30, 40])
+    (tmp_path / "empty").mkdir()
+    flags = ["--output", tmp_path / "split", "--input"]
+    refuse("split", *flags, tmp_path / "nowhere", words=["nowhere"])
+    refuse("split", *flags, tmp_path / "empty", words=["empty"])
+    refuse("split", *flags, tmp_path / "p", "--fractions", 0.7, 0.1, 0.1, words=["--fractions", "one"])
+    refuse("split", *flags, tmp_path / "p", "--fractions", 1.2, -0.1, -0.1, words=["--fractions"])
+    refuse(
+        "split", *flags, tmp_path / "p", "--near-duplicate", 0.5, words=["--near-duplicate", "at least 0.9"]
+    )
+    refuse("split", *flags, tmp_path / "p", "--nonsense", words=["--nonsense"])
+    write_pair(tmp_path / "p", stems[0], np.zeros((40, 40, 3), np.uint8), np.zeros((40, 41), np.uint8))
+    refuse("split", *flags, tmp_path / "p", words=[f"{stems[0]}_mask.png", "size"])
+    (tmp_path / "p" / f"{stems[0]}_mask.png").unlink()
+    refuse("split", *flags, tmp_path / "p", words=[f"{stems[0]}_mask.png"])
+    (tmp_path / "p" / f"{stems[0]}_mask.png").write_text("no image")
+    refuse("split", *flags, tmp_path / "p", words=[f"{stems[0]}_mask.png", "readable"])
+    assert sorted(os.listdir(tmp_path)) == ["empty", "p"]
