@@ -84,7 +84,7 @@ def test_planted_copies_stay_together_and_strangers_do_not(tmp_path, cli):
     assert all(rows[row["file"][:-10]]["age"] == row["age"] != row["other_age"] for row in conflicts)
 
     # The threshold is honoured: below, strangers are taken for copies; above, moved copies for strangers
-    for threshold, others, least, most in ((0.9, strangers, 5, 10), (0.999, [f[4] X):
+    for threshold, others, least, most in ((0.9, strangers, 5, 10), (0.999, [f[4] for f in families], 0, 2)):
         flags = ["--near-duplicate", threshold, "--overwrite"]
         assert cli("split", "--input", source, "--output", tmp_path / "split", *flags)[0] == 0
         rows = table(tmp_path / "split")

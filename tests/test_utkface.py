@@ -1,0 +1,240 @@
+"""What UTKFace is on disk: names and groups, and one decoder for every picture."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from cli import UserError
+from conftest import noise_pairs, write_pair
+from utkface import (
+    AGE_GROUPS,
+    GENDERS,
+    GROUP_NAMES,
+    RACES,
+    age_to_group,
+    central_square,
+    decode_image,
+    flatten,
+    list_pairs,
+    parse_name,
+    pixel_hash,
+    read_image,
+    read_pair,
+    resize,
+    split_settings,
+)
+
+# Names and groups
+
+
+def test_age_groups():
+    assert list(AGE_GROUPS) == ["Infant", "Child", "Youth", "Young Adult", "Middle-aged", "Older Adult"]
+    assert list(AGE_GROUPS) == GROUP_NAMES
+    bounds = [0, 4, 5, 14, 15, 24, 25, 44, 45, 64, 65, 99, 100, 116]
+    assert age_to_group(bounds).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
+
+
+def test_labels_are_in_the_order_of_utkface():
+    assert GENDERS == ("male", "female") and RACES == ("White", "Black", "Asian", "Indian", "Others")
+
+
+@pytest.mark.parametrize("ending", [".jpg.chip.jpg", ".webp", ".PNG"])
+def test_good_names(ending):
+    face = parse_name("26_1_3_20170116184751593" + ending)
+    assert face == ("26_1_3_20170116184751593", 26, 1, 3)
+    assert (face.stem, face.age, face.gender, face.race) == face
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "39_1_20170116174525125.jpg.chip.jpg",
+        "24_0_1_20170116220224657 .jpg.chip.jpg",
+        "55_0_0_20170116232725357jpg.chip.jpg",
+        "26_2_0_20170116184751593.jpg",
+        "26_1_5_20170116184751593.jpg",
+        "٢٦_1_0_20170116184751593.jpg",
+        "26_1_0_20170116184751593.jpg\n",
+        "notes.txt",
+    ],
+)
+def test_malformed_names(name):
+    assert parse_name(name) is None
+
+
+def test_pairs_are_listed_in_order_and_checked(tmp_path):
+    stems = noise_pairs(tmp_path, [30, 4, 80])
+    assert list_pairs(tmp_path) == [parse_name(f"{stem}.png") for stem in sorted(stems)]
+    (tmp_path / f"{stems[0]}_mask.png").unlink()
+    assert len(list_pairs(tmp_path, need_masks=False)) == 3
+    with pytest.raises(UserError, match=f"{stems[0]}_mask.png"):
+        list_pairs(tmp_path)
+    (tmp_path / "face_image.png").write_text("")
+    with pytest.raises(UserError, match=r"face_image\.png"):
+        list_pairs(tmp_path, need_masks=False)
+
+
+def test_how_a_split_was_made(tmp_path):
+    assert split_settings(tmp_path) == {}
+    (tmp_path / "split.yaml").write_text("seed: 3\nrandom: true\n")
+    assert split_settings(tmp_path) == {"seed": 3, "random": True}
+    for broken in ("seed: [", "", "a word"):
+        (tmp_path / "split.yaml").write_text(broken)
+        with pytest.raises(UserError, match=r"split\.yaml cannot be read.*--overwrite"):
+            split_settings(tmp_path)
+
+
+# Pictures
+
+
+def face(width=60, height=80):
+    """A smooth RGB picture without symmetry."""
+    small = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
+    return Image.fromarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+def encoded(picture, form, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def decoded(data):
+    """What decode_image gives, as int RGB."""
+    return decode_image(data)[..., ::-1].astype(int)
+
+
+@pytest.mark.parametrize(
+    "shape, square", [((5, 8), np.s_[:, 1:6]), ((9, 4, 3), np.s_[2:6]), ((7, 7), np.s_[:])]
+)
+def test_central_square(shape, square):
+    image = np.arange(np.prod(shape)).reshape(shape)
+    assert np.array_equal(central_square(image), image[square])
+
+
+def test_resizing_cuts_first_and_averages():
+    image = np.random.default_rng(0).integers(0, 256, (280, 200, 3), np.uint8)
+    assert np.array_equal(resize(image, 50), resize(image[40:240], 50))
+    exact = image[40:240].reshape(50, 4, 50, 4, 3).mean(axis=(1, 3))
+    assert np.abs(resize(image, 50) - exact).max() <= 0.51
+    assert resize(image[..., 0], 32).shape == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "form, options", [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})]
+)
+def test_transparent_pixels_lie_on_mid_grey(form, options):
+    picture, noise = np.asarray(face()), np.random.default_rng(1).integers(0, 256, (80, 60, 3), np.uint8)
+    alpha = np.zeros((80, 60), np.uint8)
+    alpha[20:60], alpha[60:70] = 255, 128
+    results = []
+    for under in (np.zeros_like(noise), noise):
+        rgb = np.where(alpha[..., None] > 0, picture, under)
+        results.append(decoded(encoded(Image.fromarray(np.dstack([rgb, alpha])), form, **options)))
+    assert np.array_equal(*results)
+    assert (results[0][:20] == 128).all() and (results[0][70:] == 128).all()
+    assert np.array_equal(results[0][20:60], picture[20:60])
+    assert np.abs(results[0][60:70] - (picture[60:70].astype(int) + 128) / 2).max() < 2
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG"])
+def test_a_transparent_colour_of_a_palette_lies_on_mid_grey(form):
+    indices = np.random.default_rng(1).integers(1, 9, (40, 40)).astype(np.uint8)
+    indices[:10] = 0
+    results = []
+    for under in ((0, 0, 0), (250, 10, 200)):
+        picture = Image.fromarray(indices)
+        picture.putpalette([*under, *range(10, 34)])
+        results.append(decoded(encoded(picture, form, transparency=0)))
+    assert np.array_equal(*results) and (results[0][:10] == 128).all()
+    assert results[0][10:].tolist() == [
+        [[7 + 3 * i, 8 + 3 * i, 9 + 3 * i] for i in row] for row in indices[10:].tolist()
+    ]
+
+
+def test_grey_with_alpha_and_in_grey():
+    grey = np.random.default_rng(2).integers(0, 256, (30, 30), np.uint8)
+    alpha = np.where(np.arange(30) < 10, 0, 255).astype(np.uint8) * np.ones((30, 1), np.uint8)
+    data = encoded(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]), "PNG")
+    for found in (decode_image(data, cv2.IMREAD_GRAYSCALE), decode_image(data)[..., 1]):
+        assert found.shape == (30, 30) and (found[:, :10] == 128).all()
+        assert np.array_equal(found[:, 10:], grey[:, 10:])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(orientation):
+    exif, picture = Image.Exif(), face()
+    exif[0x0112] = orientation
+    opaque = encoded(picture, "JPEG", quality=95, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(opaque)))).astype(int)
+    assert decoded(opaque).shape == expected.shape and np.abs(decoded(opaque) - expected).mean() < 2
+    clear = encoded(picture.convert("RGBA"), "PNG", exif=exif)  # by the other way through the decoder
+    assert np.abs(decoded(clear) - expected).mean() < 4
+    assert np.array_equal(decode_image(clear), flatten(Image.open(io.BytesIO(clear))))
+
+
+def png_header(width, height):
+    """As much of a PNG as tells its size, of pixels that it does not hold."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore:.*decompression bomb")
+@pytest.mark.parametrize("width, height", [(7072, 7072), (16, 2**23), (2**30, 2**30)])
+def test_huge_pictures_are_refused_before_they_are_decoded(width, height):
+    with pytest.raises(ValueError, match="above 50 million"):
+        decode_image(png_header(width, height))
+
+
+def test_small_pictures_are_refused():
+    assert decoded(encoded(face(16, 16), "PNG")).shape == (16, 16, 3)
+    for size in ((15, 80), (80, 15), (1, 1)):
+        with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels, below 16"):
+            decode_image(encoded(face(*size), "PNG"))
+
+
+def test_what_is_cut_or_no_picture_is_refused():
+    jpeg = encoded(face(), "JPEG")
+    for data in (
+        jpeg,
+        encoded(face(), "PNG"),
+        encoded(face().convert("RGBA"), "PNG"),
+        encoded(face(), "WEBP"),
+    ):
+        decode_image(data)
+        with pytest.raises(ValueError, match=r"truncated|unreadable"):
+            decode_image(data[: len(data) * 2 // 3])
+    for data in (b"", b"I am no picture", jpeg[:20]):
+        with pytest.raises(ValueError, match="unreadable"):
+            decode_image(data)
+    # as phones append the film of a live photograph
+    assert np.array_equal(decode_image(jpeg + bytes(5000)), decode_image(jpeg))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for name, reason in (("text.png", "unreadable"), ("nowhere.png", "No such file"), ("", "directory")):
+        with pytest.raises(UserError, match=rf"{tmp_path / name}.*{reason}.*run the stage"):
+            read_image(tmp_path / name)
+    write_pair(tmp_path, "30_0_0_1", np.zeros((20, 20, 3), np.uint8), np.zeros((20, 21), np.uint8))
+    with pytest.raises(UserError, match=r"30_0_0_1_mask\.png is not of its image's size"):
+        read_pair(tmp_path, "30_0_0_1")
+
+
+def test_pixel_hashes():
+    picture = np.asarray(face())
+    again = decode_image(encoded(Image.fromarray(picture[..., ::-1]), "PNG", compress_level=9))
+    assert pixel_hash(again) == pixel_hash(picture.copy())
+    changed = picture.copy()
+    changed[3, 4, 1] ^= 1
+    assert len({pixel_hash(image) for image in (picture, changed, picture.reshape(60, 80, 3))}) == 3
+    assert -(2**63) <= pixel_hash(picture) < 2**63  # as torch keeps it
