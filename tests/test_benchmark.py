@@ -1,68 +1,126 @@
-import json
-import math
-import tarfile
+"""Figures count the faces that they should, by a clock that moves only for what is charged to it."""
 
+import importlib
+import re
+
+import cv2
 import pytest
 import torch
 
 import benchmark
-from benchmark import masked_nt_xent
-from common import nt_xent_loss
+import common
+import finetune
+from cli import UserError, parse_args
 
-FAST = [
-    "--image-size",
-    32,
-    "--batch-size",
-    16,
-    "--faces",
-    32,
-    "--repeats",
-    1,
-    "--workers",
-    2,
-    "--device",
-    "cpu",
-]
+FAST = ["--image-size", 32, "--batch-size", 8, "--faces", 20, "--repeats", 1, "--device", "cpu"]
 
 
-def test_every_part_is_measured(tmp_path, cli):
-    code, printed, _ = cli("benchmark", *FAST, "--json", tmp_path / "b.json")
-    assert code == 0 and "| pretrain  | end to end" in printed
-    rows = json.loads((tmp_path / "b.json").read_text())
-    assert {row["part"] for row in rows} == {"pretrain", "finetune", "loss", "masks", "split", "evaluate"}
-    assert all(math.isfinite(row["rate"]) and row["rate"] > 0 for row in rows)
-    rates = {(row["part"], row["name"]): row["rate"] for row in rows}
-    for row in rows:
-        if row.get("of") == "model":  # with one repeat a ratio of medians is the median of ratios
-            assert row["ratio"] == pytest.approx(row["rate"] / rates[row["part"], "model"])
+@pytest.fixture
+def charge(monkeypatch):
+    """`charge(owner, name, ms, instead=None)` moves the clock by `ms(*args)` at each call of a function."""
+    costs = []
+    monkeypatch.setattr(benchmark, "perf_counter", lambda: sum(costs) / 1000)
+
+    def charge(owner, name, ms, instead=None):
+        function = instead or getattr(owner, name)
+
+        def charged(*args, **options):
+            costs.append(ms(*args))
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, charged)
+
+    return charge
 
 
-def test_growth_takes_part_of_the_faces_and_all(drawn, tmp_path, cli, refuse, monkeypatch):
-    path, calls = tmp_path / "faces.tar.gz", []
-    with tarfile.open(path, "w:gz") as packed:
-        packed.add(drawn / "dataset/raw", "UTKFace")
+def figures(printed):
+    """{(part, what): (faces a second, ratio to the first of its part or None)} of a printed table."""
+    row = r"^\| (\w+) +\| (.+?) +\| +([\d,.]+) faces/s \| (?:([\d.]+) of .+?)? +\|$"
+    return {
+        (part, what): (float(rate.replace(",", "")), float(ratio) if ratio else None)
+        for part, what, rate, ratio in re.findall(row, printed, re.MULTILINE)
+    }
 
-    def run_stage(script, *flags, cwd):
-        calls.append((script, len(list((cwd / "dataset/raw").iterdir()))))
-        return 2.0, 0.5
+
+def test_training_costs_what_loader_and_model_cost(drawn, cli, charge):
+    """A face costs 2 ms to draw and 3 to learn from; of 20 faces in batches of 8, an epoch has 16."""
+
+    def losses(model, batch, args):
+        return model.head.bias.sum().expand(3)
+
+    charge(common.FaceDataset, "__getitems__", lambda _, keys: 2 * len(keys))
+    charge(finetune, "multitask_losses", lambda _, batch: 3 * len(batch["age"]), instead=losses)
+    flags = [*FAST, "--data", drawn / "dataset/raw", "--workers", 0]
+    code, printed, err = cli("benchmark", *flags, "--only", "training", "loader")
+    assert code == 0, err
+    assert figures(printed) == {
+        ("training", "bare steps"): (333.3, None),
+        ("training", "finetune.py"): (200, 0.6),
+        ("loader", "pretrain, one core"): (500, None),
+        ("loader", "pretrain, 0 workers"): (500, 1),
+        ("loader", "finetune, one core"): (500, None),
+        ("loader", "finetune, 0 workers"): (500, 1),
+    }
+
+
+def test_masks_and_scores_cost_what_they_are_made_of(drawn, cli, charge):
+    """A face costs 2 ms to cut out, 1 a picture to decode (the preview has two), 4 to score."""
+
+    def forward(_, images, years=False):
+        masks = torch.zeros(len(images), 1, *images.shape[2:])
+        return torch.zeros(len(images), common.YEARS if years else 6), masks
+
+    charge(cv2, "grabCut", lambda *_: 2)
+    charge(cv2, "imdecode", lambda *_: 1)
+    charge(common.MultitaskResNet18, "forward", lambda _, images: 4 * len(images), instead=forward)
+    flags = [*FAST, "--data", drawn / "dataset/raw", "--workers", 1]
+    code, printed, err = cli("benchmark", *flags, "--only", "masks", "evaluate")
+    assert code == 0, err
+    size = common.load_checkpoint(benchmark.RELEASED, "model")["preprocessing"]["image_size"]
+    assert figures(printed) == {
+        ("masks", "bare GrabCut, 1 at once"): (500, None),
+        ("masks", "masks.py --workers 1"): (200, 0.4),
+        ("evaluate", f"bare forward pass, {size} px"): (250, None),
+        ("evaluate", "scoring in evaluate.py"): (250, 1),
+        ("evaluate", "reading in evaluate.py"): (500, 2),
+        ("evaluate", "predict.py"): (200, 0.8),
+    }
+
+
+def test_medians_of_turns_without_the_first(monkeypatch, capsys):
+    """Of 60 faces: a takes 1, 2 and 6 s, b 2, 1 and 6 s, which is once the same pace."""
+    order, now = [], [0]
+    took = {"a": iter([50, 1, 2, 6]), "b": iter([99, 2, 1, 6])}
+    monkeypatch.setattr(benchmark, "perf_counter", lambda: now[0])
+
+    def work(name):
+        order.append(name)
+        now[0] += next(took[name])
+
+    args = parse_args(benchmark.get_parser(), ["--repeats", "3"])
+    benchmark.measure("part", {name: lambda name=name: work(name) for name in "ab"}, 60, args)
+    assert "".join(order) == "abababab"
+    assert figures(capsys.readouterr().out) == {("part", "a"): (30, None), ("part", "b"): (30, 1)}
+
+
+def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, monkeypatch, tmp_path):
+    calls = []
+
+    def run_stage(script, flags, folder):
+        parse_args(importlib.import_module(script).get_parser(), [str(flag) for flag in flags])
+        calls.append((script, len(list((folder / "dataset/raw").iterdir()))))
 
     monkeypatch.setattr(benchmark, "run_stage", run_stage)
-    monkeypatch.setattr(benchmark, "GROWTH", (40, 10**6))
-    code, printed, _ = cli("benchmark", "--only", "growth", "--data", path, *FAST)
+    code, printed, err = cli("benchmark", *FAST, "--only", "growth", "--data", drawn / "dataset/raw")
     stages = ["masks", "split", "pretrain", "finetune", "evaluate"]
-    assert code == 0 and calls == [(stage, count) for count in (40, 150) for stage in stages]
-    assert printed.count("2.0 s") == 10
-    refuse("benchmark", "--only", "growth", *FAST, words=["--data"])
+    assert code == 0 and calls == [(stage, count) for count in (5, 10, 20) for stage in stages], err
+    shown = re.findall(r"^\| growth +\| (\w+)\.py, (\d+) faces +\| +[\d.]+ s \|", printed, re.MULTILINE)
+    assert shown == [(stage, str(count)) for stage, count in calls]
+    refuse("benchmark", "--data", tmp_path, words=["--data", str(tmp_path)])
 
 
-def test_a_stage_is_measured_or_named(tmp_path):
-    taken, memory = benchmark.run_stage("synthesize", "--count", 3, cwd=tmp_path)
-    assert 0.1 < taken < 600 and 0.05 < memory < 16
-    assert len(list((tmp_path / "dataset/raw").iterdir())) == 3
-    with pytest.raises(benchmark.UserError, match=r"split\.py"):
-        benchmark.run_stage("split", "--input", "nowhere", cwd=tmp_path)
-
-
-def test_the_straightforward_loss_is_the_same():
-    z1, z2 = torch.randn(2, 9, 16)
-    assert masked_nt_xent(z1, z2, 0.2).item() == pytest.approx(nt_xent_loss(z1, z2, 0.2).item(), abs=1e-5)
+def test_a_stage_that_fails_is_no_figure(tmp_path, capfd):
+    benchmark.run_stage("split", ["--help"], tmp_path)
+    with pytest.raises(UserError, match=r"split\.py"):
+        benchmark.run_stage("split", ["--input", "nowhere"], tmp_path)
+    assert "nowhere" in capfd.readouterr().err

@@ -1,407 +1,241 @@
-"""Measures how fast each stage is, beside what it could be: every speed figure in the README.
+"""Measures how fast each stage is, beside what it could be: the figures of docs/speed.md.
 
-    python benchmark.py                                  # on drawn faces
-    python benchmark.py --data dataset/processed --image-size 128 --json benchmark.json
-    python benchmark.py --only growth --data UTKFace.tar.gz
+    python tools/benchmark.py                                   # on drawn faces; a few minutes
+    python tools/benchmark.py --only training loader --image-size 128
+    python tools/benchmark.py --only growth --data UTKFace --faces 23708
 
-Every row is measured in this one run, by turns with the others of its part, and is the median of the repeats;
-a ratio is the median of the repeats' ratios. `model` is a training step on tensors that lie on the device
-already, the ceiling of what training can reach.
+Parts: training (finetune.py --multitask, beside bare steps on a batch that is on the device already), loader
+(what feeds a model), evaluate (scoring and predict.py, beside the released model's bare forward pass), masks
+(beside a bare loop of GrabCut), growth (the five stages on a quarter, half and all of the faces). What is
+compared takes turns; a figure is the median of the repeats, a ratio the median of their ratios.
 """
 
-import json
-import os
+import importlib
+import io
 import platform
-import shutil
-import signal
-import statistics
+import subprocess
 import sys
-import tarfile
 import tempfile
-import time
-from argparse import Namespace
+from collections import deque
+from contextlib import redirect_stdout
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 
 import cv2
 import numpy as np
-import synthesize
 import torch
-import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cli
+import common
 import finetune
-import masks
-import predict
-import pretrain
-import split
-from common import (
-    CONTRASTIVE_VIEW,
-    SUPERVISED_VIEW,
-    FaceDataset,
-    MultitaskResNet18,
-    UserError,
-    add_device_flags,
-    atomic_path,
-    autocast,
-    build_param_groups,
-    check_writable,
-    choose_device,
-    choose_precision,
-    image_side,
-    list_pairs,
-    nt_xent_loss,
-    number,
-    predict_dataset,
-    read_image,
-    run,
-    script_parser,
-    start_training,
-    terminate,
-    to_device,
-    to_input,
-    train_loader,
-    train_one_epoch,
-)
+import training
+from utkface import parse_name
 
-PARTS = ("training", "loss", "masks", "split", "evaluate", "loader", "growth")
-GROWTH = (2000, 8000)  # faces, and then all there are
+RELEASED = cli.ROOT / "weights/age_multitask.pt"
 
 
 def seconds(work, device=None) -> float:
     """Wall time of `work()`, the device's included."""
-    began = time.perf_counter()
+    start = perf_counter()
     work()
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return perf_counter() - start
 
 
-def by_turns(works: dict, repeats: int, device=None) -> dict:
-    """Seconds of each of the named functions in every repeat, after a first round that does not count."""
-    rounds = [{name: seconds(work, device) for name, work in works.items()} for _ in range(repeats + 1)][1:]
-    return {name: [one[name] for one in rounds] for name in works}
+def measure(part: str, works: dict, faces: int, args, device=None):
+    """Prints the faces a second of each of the named functions, and its ratio to the first.
+
+    They take turns, and the first round does not count.
+    """
+    rounds = [{name: seconds(work, device) for name, work in works.items()} for _ in range(args.repeats + 1)]
+    first = next(iter(works))
+    for name in works:
+        rate = median(faces / times[name] for times in rounds[1:])
+        ratio = median(times[first] / times[name] for times in rounds[1:])
+        print_row(part, name, f"{rate:,.1f} faces/s", "" if name == first else f"{ratio:.2f} of {first}")
 
 
-def report(rows: list, part: str, name: str, rates: list, unit: str, against: list | None = None, of=""):
-    """Adds the median rate, and its ratio to the rates `against`, and prints both."""
-    row = {"part": part, "name": name, "rate": statistics.median(rates), "unit": unit}
-    if against is not None:
-        row |= {"ratio": statistics.median(a / b for a, b in zip(rates, against)), "of": of}
-    ratio = f"{row['ratio']:6.2f} of {of}" if against is not None else ""
-    print(f"| {part:9} | {name:34} | {row['rate']:9.1f} {unit:9} | {ratio:32} |", flush=True)
-    rows.append(row)
+def print_row(part: str, what: str, figure: str, beside: str = ""):
+    """A row of a Markdown table."""
+    print(f"| {part:8} | {what:27} | {figure:>18} | {beside:32} |", flush=True)
 
 
-def draw_pairs(folder: Path, count: int, workers: int):
-    """Fills `folder` with `count` pairs: a few hundred drawn faces and their true masks, over and over."""
-    folder.mkdir()
-    plan = synthesize.plan_faces(min(count, 256), seed=0)
-
-    def draw(index):
-        rng = np.random.default_rng(index)
-        image, mask = synthesize.draw_face(synthesize.sample_looks(rng, *plan[index][1:]), rng)
-        encoded = [cv2.imencode(".png", pixels, masks.PNG_FLAGS)[1] for pixels in (image[..., ::-1], mask)]
-        for copy in range(index, count, len(plan)):
-            stem = "{}_{}_{}".format(*plan[index][1:]) + f"_{20170000000000000 + copy}"
-            for part, pixels in zip(("image", "mask"), encoded):
-                (folder / f"{stem}_{part}.png").write_bytes(pixels)
-
-    with ThreadPool(workers) as pool:
-        pool.map(draw, range(len(plan)))
+def call(script: str, *flags):
+    """Runs a script's `main` in this process, without what it prints."""
+    module = importlib.import_module(script)
+    with redirect_stdout(io.StringIO()):
+        module.main(cli.parse_args(module.get_parser(), [str(flag) for flag in flags]))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training: loader alone, model alone, both together
-# ------------------------------------------------------------------------------------------------------------
+def measure_training(_, pairs: Path, args, device):
+    """Faces a second of finetune.py --multitask by its own defaults."""
+    flags = ["--multitask", "--out", pairs / "model.pt", "--epochs", args.repeats + 1]
+    flags += ["--workers", args.workers, "--device", args.device, "--precision", args.precision]
+    flags += ["--image-size", args.image_size, "--batch-size", args.batch_size]
+    settings = cli.parse_args(finetune.get_parser(), [str(flag) for flag in flags])
+    dataset = common.FaceDataset(pairs, args.image_size, common.SUPERVISED_VIEW, workers=args.workers)
+    model = common.make_model(vars(settings))
+    groups = common.build_param_groups(model, settings.lr)
+    t = training.begin_training(settings, "model", model, groups, dataset, device, None, None)
+    compute_losses = partial(finetune.multitask_losses, args=settings)
+    batch = training.to_device(next(iter(t.loader)), device)
+
+    def bare_steps():
+        model.train()
+        for _ in range(len(t.loader)):
+            with common.autocast(device, t.dtype):
+                loss = compute_losses(model, batch)[0]
+            loss.backward()
+            t.optimizer.step()
+            t.optimizer.zero_grad()
+
+    works = {"bare steps": bare_steps, "finetune.py": partial(training.train_one_epoch, t, compute_losses)}
+    measure("training", works, len(t.loader) * args.batch_size, args, device)
+    t.loader = None  # its workers end
 
 
-def measure_training(rows, folder, args, device, dtype, loader_only=False):
-    """Faces a second of both training stages, end to end and of each half alone (or of the loader only)."""
-    objective = Namespace(
-        positives="view", temperature=0.07, sigma=0.5, mask_weight=0.5, age_sigma=0, mixup=0
-    )  # fmt: skip
-    for stage, view, views, model, losses in (
-        (
-            "pretrain", CONTRASTIVE_VIEW, 2, pretrain.ContrastiveResNet18(),
-            partial(pretrain.contrastive_loss, args=objective),
-        ),
-        (
-            "finetune", SUPERVISED_VIEW, 1, MultitaskResNet18(),
-            partial(finetune.multitask_losses, args=objective),
-        ),
-    ):  # fmt: skip
-        dataset = FaceDataset(
-            folder, args.image_size, view, views, stage == "finetune", workers=args.workers,
-            on_device=device.type == "cuda",
-        )  # fmt: skip
-        alone = train_loader(dataset, args.batch_size, 0, 0, device)
-        settings = Namespace(**vars(args), lr=1e-4, epochs=1000, save_every_steps=0)
-        groups = build_param_groups(model, settings.lr)
-        training = start_training(settings, stage, model, groups, dataset, device, None, (torch.empty(0), {}))
-        signal.signal(signal.SIGTERM, terminate)  # at once: there is nothing to save
-        loader, scaler, optimizer = training.loader, training.scaler, training.optimizer
-        batch = to_device(next(iter(alone)), dataset, device, (0,))
-
-        def model_only(
-            model=model, losses=losses, scaler=scaler, optimizer=optimizer, loader=loader, batch=batch
-        ):
-            model.train()
-            for _ in range(len(loader)):
-                with autocast(device, dtype):
-                    loss = losses(model, batch)[0]
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-
-        def end_to_end(training=training, losses=losses):
-            training.step, training.losses = 0, []
-            train_one_epoch(training, losses)
-
-        def iterate(loader):
-            for _ in loader:
-                pass
-
-        works = {
-            "loader, one core": partial(iterate, alone),
-            f"loader, {args.workers} workers": partial(iterate, loader),
-            "model": model_only,
-            "end to end": end_to_end,
-        }
-        if loader_only:
-            works = {name: work for name, work in works.items() if "loader" in name}
-        taken = by_turns(works, args.repeats, device)
-        faces = len(loader) * args.batch_size
-        rates = {name: [faces / time for time in times] for name, times in taken.items()}
-        for name, values in rates.items():
-            report(
-                rows, stage, name, values, "faces/s", None if name == "model" else rates.get("model"), "model"
-            )
+def measure_loader(_, pairs: Path, args, device):
+    """Faces a second that one core draws, and all workers, for either stage of training."""
+    stages = {"pretrain": (common.CONTRASTIVE_VIEW, 2), "finetune": (common.SUPERVISED_VIEW, 1)}
+    for stage, (view, views) in stages.items():
+        dataset = common.FaceDataset(pairs, args.image_size, view, views, with_masks=views == 1)
+        loaders = [training.train_loader(dataset, args.batch_size, 0, n, device) for n in (0, args.workers)]
+        names = f"{stage}, one core", f"{stage}, {args.workers} workers"
+        works = {name: partial(deque, loader, maxlen=0) for name, loader in zip(names, loaders)}
+        measure("loader", works, len(loaders[0]) * args.batch_size, args)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Loss, masks, split, evaluation
-# ------------------------------------------------------------------------------------------------------------
-
-
-def masked_nt_xent(z1, z2, temperature):
-    """NT-Xent as one writes it first: exponentials, a mask, a quotient."""
-    z = F.normalize(torch.cat([z1, z2]), dim=1)  # 2N×D
-    similarities = torch.exp(z @ z.T / temperature)  # 2N×2N
-    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positives = torch.cat([similarities.diag(len(z1)), similarities.diag(-len(z1))])  # 2N
-    return -torch.log(positives / (similarities * others).sum(dim=1)).mean()
-
-
-def measure_loss(rows, args, device):
-    """Calls a second, forward and backward, of NT-Xent on the embeddings of a batch."""
-    z1, z2 = torch.randn(2, args.batch_size, 128, device=device)
-    losses = {"nt_xent_loss": nt_xent_loss, "masked exponentials": masked_nt_xent}
-    try:
-        from lightly.loss import NTXentLoss
-
-        theirs = NTXentLoss(temperature=0.07)
-        losses["lightly's NTXentLoss"] = lambda z1, z2, _: theirs(z1, z2)
-    except ImportError:
-        print("(lightly is not installed: its loss is left out)")
-
-    def call(loss):
-        for _ in range(50):
-            a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
-            loss(a, b, 0.07).backward()
-
-    taken = by_turns({name: partial(call, loss) for name, loss in losses.items()}, args.repeats, device)
-    rates = {name: [50 / time for time in times] for name, times in taken.items()}
-    for name, values in rates.items():
-        ours = name == "nt_xent_loss"
-        report(
-            rows, "loss", name, values, "calls/s", *([] if ours else [rates["nt_xent_loss"], "nt_xent_loss"])
-        )
-
-
-def bare_grabcut(images):
-    """One iteration of cv2.grabCut at 64×64 on each of the images, and nothing else."""
-    for image in images:
-        mask, models = np.zeros((64, 64), np.uint8), np.zeros((2, 1, 65))
-        cv2.grabCut(image, mask, (8, 2, 48, 60), models[0], models[1], 1, cv2.GC_INIT_WITH_RECT)
-
-
-def measure_masks(rows, folder, args, scratch):
-    """Faces a second of masks.py from encoded faces to pairs, on one core and on all, beside bare GrabCut."""
-    source = scratch / "raw"
-    source.mkdir()
-    names = [face.stem for face in list_pairs(folder)][:1000]
-    for stem in names:
-        image = cv2.imread(str(folder / f"{stem}_image.png"))
-        cv2.imwrite(str(source / f"{stem}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
-    small = [cv2.resize(cv2.imread(str(folder / f"{stem}_image.png")), (64, 64)) for stem in names]
-    parse = masks.choose_parser("grabcut", 0)
-
-    def write(workers):
-        made = Namespace(input=source, output=scratch / "pairs", workers=workers, overwrite=True)
-        masks.write_pairs(made, parse)
-
-    def bare(workers):
-        with ThreadPool(workers) as pool:
-            pool.map(bare_grabcut, [small[start::workers] for start in range(workers)])
-
-    works = {"1 core": partial(write, 1), "bare grabCut, 1 core": partial(bare, 1)}
-    if args.workers > 1:
-        works |= {f"{args.workers} cores": partial(write, args.workers)}
-        works |= {f"bare grabCut, {args.workers} cores": partial(bare, args.workers)}
-    taken = by_turns(works, args.repeats)
-    rates = {name: [len(names) / time for time in times] for name, times in taken.items()}
-    for name, values in rates.items():
-        bare_name = f"bare grabCut, {name}"
-        report(rows, "masks", name, values, "faces/s", rates.get(bare_name), "bare grabCut")
-    if args.workers > 1:
-        many = f"{args.workers} cores"
-        report(rows, "masks", f"{many} against 1", rates[many], "faces/s", rates["1 core"], "1 core")
-
-
-def measure_split(rows, args):
-    """Millions of pairs a second that the search for near-duplicates compares: N faces have N²/2."""
-    thumbnails = np.random.default_rng(0).normal(size=(8192, 1024)).astype(np.float32)
-    thumbnails /= np.linalg.norm(thumbnails, axis=1, keepdims=True)
-    work = {"near-duplicate search": lambda: split.find_near_duplicates(thumbnails, 0.98)}
-    for name, times in by_turns(work, args.repeats).items():
-        report(rows, "split", name, [len(thumbnails) ** 2 / 2e6 / time for time in times], "M pairs/s")
-
-
-def measure_evaluation(rows, folder, args, scratch, device, dtype):
-    """Faces a second that evaluate.py and predict.py read and score, beside the bare forward pass."""
-    model = MultitaskResNet18().to(device, memory_format=torch.channels_last).eval()
-    dataset = FaceDataset(folder, args.image_size, workers=args.workers)
-    batch = to_input(dataset.images[:256], device)
-    crops = [scratch / f"{face.stem}.jpg" for face in dataset.faces]
-    for face, path in zip(dataset.faces, crops):
-        image = read_image(folder / f"{face.stem}_image.png")
-        cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 75])  # that of UTKFace's own files
-    loaded = Namespace(model=model, image_size=args.image_size, device=device, dtype=dtype, detect=None)
+def measure_evaluation(raw: Path, pairs: Path, args, device):
+    """Faces a second that are scored and predicted by the released model."""
+    model, checkpoint = common.load_model(RELEASED, device)
+    dtype, size = common.choose_precision(args.precision, device), checkpoint["preprocessing"]["image_size"]
+    dataset = common.FaceDataset(pairs, size, workers=args.workers)
+    batch = common.to_input(dataset.images[:256], device)
+    flags = ["--workers", args.workers, "--device", args.device, "--precision", args.precision]
 
     @torch.inference_mode()
     def forward():
         for start in range(0, len(dataset), 256):
-            with autocast(device, dtype):
+            with common.autocast(device, dtype):
                 model(batch[: len(dataset) - start])
 
-    taken = by_turns(
-        {
-            "read and decode": lambda: FaceDataset(folder, args.image_size, workers=args.workers),
-            "bare forward pass": forward,
-            "predict_dataset": lambda: predict_dataset(model, dataset, device, dtype),
-            "predict.py on JPEGs": lambda: list(predict.score_pictures(crops, loaded, args.workers)),
-        },
-        args.repeats,
-        device,
-    )
-    rates = {name: [len(dataset) / time for time in times] for name, times in taken.items()}
-    for name, values in rates.items():
-        against = [] if name == "bare forward pass" else [rates["bare forward pass"], "bare forward pass"]
-        report(rows, "evaluate", name, values, "faces/s", *against)
+    works = {
+        f"bare forward pass, {size} px": forward,
+        "scoring in evaluate.py": partial(common.score_dataset, model, dataset, device, dtype),
+        "reading in evaluate.py": partial(common.FaceDataset, pairs, size, workers=args.workers),
+        "predict.py": partial(call, "predict", raw, "--aligned", "--checkpoint", RELEASED, *flags),
+    }
+    measure("evaluate", works, len(dataset), args, device)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Growth: time and memory of every stage on more and more faces
-# ------------------------------------------------------------------------------------------------------------
+def bare_grabcut(images: list):
+    """One iteration of cv2.grabCut at 64×64 on each of the images, and nothing else."""
+    for image in images:
+        labels, models = np.zeros((64, 64), np.uint8), np.zeros((2, 1, 65))
+        cv2.grabCut(image, labels, (8, 2, 48, 60), models[0], models[1], 1, cv2.GC_INIT_WITH_RECT)
 
 
-def run_stage(script, *flags, cwd):
-    """Runs a script; returns its wall time in seconds and its largest memory, children's apart, in GiB."""
-    command = [sys.executable, str(Path(__file__).parent / f"{script}.py"), *map(str, flags)]
-    began = time.perf_counter()
-    process = os.posix_spawn(
-        "/bin/sh", ["sh", "-c", 'cd "$0" && exec "$@" > /dev/null', str(cwd), *command], os.environ
-    )
-    _, status, usage = os.wait4(process, 0)
-    if status:
-        raise UserError(f"{script}.py failed: run `{' '.join(command)}` in a folder of your own to see why")
-    return time.perf_counter() - began, usage.ru_maxrss / 2**20
+def measure_masks(raw: Path, pairs: Path, args, device):
+    """Faces a second from files to pairs, on one core and on all."""
+    images = [cv2.resize(cv2.imread(str(path)), (64, 64)) for path in sorted(raw.iterdir())]
+    flags = ["--input", raw, "--output", pairs, "--overwrite", "--workers"]
+    for cores in sorted({1, max(args.workers, 1)}):
+        shares = [images[start::cores] for start in range(cores)]
+        with ThreadPool(cores) as pool:
+            works = {
+                f"bare GrabCut, {cores} at once": partial(pool.map, bare_grabcut, shares),
+                f"masks.py --workers {cores}": partial(call, "masks", *flags, cores),
+            }
+            measure("masks", works, len(images), args)
 
 
-def measure_growth(rows, args, scratch):
-    """Time and memory of each stage, with one epoch of training, on part of --data and on all of it."""
-    if not args.data or not Path(args.data).is_file() or not tarfile.is_tarfile(args.data):
-        raise UserError("--only growth needs faces: name UTKFace.tar.gz with --data")
-    with tarfile.open(args.data) as archive:
-        members = [member for member in archive if member.isfile()]
-        counts = [count for count in GROWTH if count < len(members)] + [len(members)]
-        for count in counts:
-            folder = scratch / str(count)
-            (folder / "dataset/raw").mkdir(parents=True)
-            for member in members[:: len(members) // count][:count]:
-                (folder / "dataset/raw" / Path(member.name).name).write_bytes(
-                    archive.extractfile(member).read()
-                )
-            training = ["--epochs", 1, "--image-size", args.image_size, "--batch-size", args.batch_size]
-            training += ["--device", args.device, "--workers", args.workers]
-            for script, flags in (
-                ("masks", ["--workers", args.workers]),
-                ("split", ["--workers", args.workers]),
-                ("pretrain", training),
-                ("finetune", [*training, "--multitask", "--init", "contrastive.pt"]),
-                ("evaluate", ["--device", args.device]),
-            ):
-                taken, memory = run_stage(script, *flags, cwd=folder)
-                print(f"| {script:9} | {count:7,} faces | {taken:7.1f} s | {memory:5.2f} GiB |", flush=True)
-                rows.append({"part": "growth", "name": script, "faces": count, "s": taken, "GiB": memory})
-            shutil.rmtree(folder)
+def run_stage(script: str, flags: list, folder: Path):
+    """Runs a script in `folder` as a user does; what it complains of goes to stderr."""
+    command = [sys.executable, str(cli.ROOT / f"{script}.py"), *map(str, flags)]
+    if subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode:
+        raise cli.UserError(f"--only growth: {script}.py failed")
+
+
+def measure_growth(raw: Path, pairs: Path, args, device):
+    """Seconds of each stage, with one epoch of training, on more and more faces."""
+    workers = ["--workers", args.workers]
+    scoring = [*workers, "--device", args.device]
+    learning = [*scoring, "--epochs", 1, "--image-size", args.image_size, "--batch-size", args.batch_size]
+    for part in (4, 2, 1):
+        folder, faces = raw.parent / f"growth-{part}", sorted(raw.iterdir())[::part]
+        (folder / "dataset/raw").mkdir(parents=True)
+        for path in faces:
+            (folder / "dataset/raw" / path.name).symlink_to(path.resolve())
+        for script, flags in (
+            ("masks", workers),
+            ("split", workers),
+            ("pretrain", learning),
+            ("finetune", [*learning, "--multitask", "--init", "contrastive.pt"]),
+            ("evaluate", scoring),
+        ):
+            taken = seconds(partial(run_stage, script, flags, folder))
+            print_row("growth", f"{script}.py, {len(faces):,} faces", f"{taken:,.1f} s")
+
+
+PARTS = {
+    "training": measure_training,
+    "loader": measure_loader,
+    "evaluate": measure_evaluation,
+    "masks": measure_masks,
+    "growth": measure_growth,
+}
+
+
+def gather_faces(raw: Path, args):
+    """Fills the folder `raw` with --faces faces: drawn, or evenly spread over those of --data."""
+    if not args.data:
+        call("synthesize", "--output", raw, "--count", args.faces, "--workers", args.workers)
+        return
+    paths = sorted(path for path in Path(args.data).rglob("*") if parse_name(path.name))
+    if not paths:
+        raise cli.UserError(f"--data {args.data} is no folder of UTKFace's faces: unpack its archive first")
+    raw.mkdir()
+    for index in np.unique(np.linspace(0, len(paths) - 1, args.faces).astype(int)):
+        (raw / paths[index].name).symlink_to(paths[index].resolve())
 
 
 def get_parser():
-    parser = script_parser("benchmark", __doc__)
-    parser.add_argument(
-        "--data",
-        help="folder of pairs written by masks.py, or for growth UTKFace's archive; drawn faces by default",
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=PARTS, help="parts to measure; the first five if none is named"
-    )
-    parser.add_argument("--faces", type=number(int, low=16), default=1024, help="faces to draw, an epoch")
-    parser.add_argument("--batch-size", type=number(int, low=2), default=64, help="faces a step")
-    parser.add_argument("--image-size", type=image_side, default=64, help="side in pixels, a multiple of 32")
-    parser.add_argument("--repeats", type=number(int, low=1), default=3, help="rounds that count")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
-    add_device_flags(parser)
+    parser = cli.script_parser("benchmark", __doc__)
+    # fmt: off
+    add = parser.add_argument
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS)[:-1], help="parts to measure")
+    add("--data", metavar="DIR", help="folder of UTKFace's faces; drawn ones if none is named")
+    add("--faces", metavar="N", type=cli.number(int, low=16), default=1024, help="to draw, or to take of it")
+    add("--batch-size", metavar="N", type=cli.number(int, low=2), default=64, help="faces a step")
+    add("--image-size", metavar="PX", type=cli.image_side, default=64, help="of training, a multiple of 32")
+    add("--repeats", metavar="N", type=cli.number(int, low=1), default=3, help="rounds that count")
+    # fmt: on
+    cli.add_device_flags(parser, precision="auto")
     return parser
 
 
 def main(args):
-    device = choose_device(args.device)
-    dtype = choose_precision(args.precision, device)
-    args.workers = max(args.workers, 1)
-    parts = args.only or PARTS[:5]
-    if args.json:
-        check_writable("--json", Path(args.json).parent)
+    device = common.choose_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     print(
-        f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {args.image_size} px, batches of "
-        f"{args.batch_size}, {str(dtype).removeprefix('torch.')}, medians of {args.repeats}"
+        f"{name}, {cli.usable_cores()} cores, torch {torch.__version__}, training at {args.image_size} px in "
+        f"batches of {args.batch_size}, medians of {args.repeats}\n"
     )
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        folder = Path(args.data) if args.data else scratch / "drawn"
-        if not args.data and {*parts} - {"loss", "split", "growth"}:
-            draw_pairs(folder, args.faces, args.workers)
-        for part in {*parts} & {"training", "loader"}:
-            measure_training(rows, folder, args, device, dtype, loader_only=part == "loader")
-        if "loss" in parts:
-            measure_loss(rows, args, device)
-        if "masks" in parts:
-            measure_masks(rows, folder, args, scratch)
-        if "split" in parts:
-            measure_split(rows, args)
-        if "evaluate" in parts:
-            measure_evaluation(rows, folder, args, scratch, device, dtype)
-        if "growth" in parts:
-            measure_growth(rows, args, scratch)
-    if args.json:
-        with atomic_path(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        print(f"{args.json} written: {len(rows)} rows")
+        raw, pairs = Path(scratch, "raw"), Path(scratch, "pairs")
+        gather_faces(raw, args)
+        call("masks", "--input", raw, "--output", pairs, "--workers", args.workers)
+        print_row("part", "what", "figure", "beside")
+        print_row("---", "---", "---", "---")
+        for part in dict.fromkeys(args.only):
+            PARTS[part](raw, pairs, args, device)
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    cli.run(main, get_parser())
