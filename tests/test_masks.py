@@ -7,9 +7,10 @@ import zipfile
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
+from conftest import shell
 from masks import grabcut_mask
+from utkface import parse_name
 
 
 def read(path, flags=cv2.IMREAD_UNCHANGED):
@@ -59,18 +60,32 @@ def test_folder_and_archives_give_the_same_pairs(raw, tmp_path, cli):
     assert read(tmp_path / "0/preview.png").shape[0] > 100
 
 
-def test_pairs_keep_the_original_size_and_pixels(raw, tmp_path, cli):
-    source = tmp_path / "in"
-    source.mkdir()
-    picture = read(next(raw.iterdir()))[:150, 10:]  # 150×190
-    cv2.imwrite(str(source / "7_1_2_20170000000000000.png"), picture)
-    Image.fromarray(picture[..., 0]).save(source / "8_1_2_20170000000000000.png")
-    assert cli("masks", "--input", source, "--output", tmp_path / "out")[0] == 0
-    assert np.array_equal(read(tmp_path / "out/7_1_2_20170000000000000_image.png"), picture)
-    assert read(tmp_path / "out/8_1_2_20170000000000000_image.png").shape == (150, 190, 3)
-    for stem in ("7_1_2_20170000000000000", "8_1_2_20170000000000000"):
+def test_pairs_keep_their_size_and_what_is_not_square_is_counted(raw, tmp_path, cli):
+    picture = read(min(raw.iterdir()))
+    oblong = picture[:150, 10:]  # 150×190
+    noise = np.random.default_rng(0).integers(0, 256, picture.shape, np.uint8)
+    alpha = np.where(np.arange(200) < 30, 0, 255).astype(np.uint8) * np.ones((200, 1), np.uint8)
+    stems = [f"{age}_1_2_20170000000000000" for age in range(5)]
+    (tmp_path / "in").mkdir()
+    for stem, image in zip(stems, [oblong, oblong[..., 0], picture, noise]):
+        if stem > "2":  # the same face, with other colours under its transparent pixels
+            image = np.dstack([np.where(alpha[..., None] > 0, picture, image), alpha])
+        cv2.imwrite(str(tmp_path / f"in/{stem}.png"), image)
+    flags = ["--input", tmp_path / "in", "--output", tmp_path / "out"]
+    code, _, err = cli("masks", *flags)
+    assert code == 0 and err.startswith("warning: 2 pictures are not square") and err.count("\n") == 1
+    assert np.array_equal(read(tmp_path / f"out/{stems[0]}_image.png"), oblong)
+    assert read(tmp_path / f"out/{stems[1]}_image.png").shape == (150, 190, 3)
+    for stem in stems[:2]:
         mask = read(tmp_path / f"out/{stem}_mask.png")
         assert mask.shape == (150, 190) and mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
+    for part in ("image", "mask"):
+        black, noisy = (read(tmp_path / f"out/{stem}_{part}.png") for stem in stems[2:4])
+        assert np.array_equal(black, noisy)
+    assert (read(tmp_path / f"out/{stems[3]}_image.png")[:, :30] == 128).all()
+    for stem in stems[:2]:
+        (tmp_path / f"in/{stem}.png").unlink()
+    assert cli("masks", *flags, "--overwrite")[2] == ""
 
 
 def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
@@ -121,15 +136,18 @@ def test_resumes_with_what_is_missing(raw, tmp_path, cli, refuse):
     names = sorted(before)
     (out / names[0]).unlink()
     (out / names[4]).unlink()
-    kept = cv2.imencode(".png", np.zeros((5, 5, 3), np.uint8))[1].tobytes()
+    kept = cv2.imencode(".png", np.zeros((20, 20, 3), np.uint8))[1].tobytes()
     (out / names[8]).write_bytes(kept)
+    for name in (".tmp-young.png", ".tmp-old.png"):  # another run's, at work here, and a killed one's
+        (out / name).write_bytes(b"half")
+    os.utime(out / ".tmp-old.png", (0, 0))
     code, printed, _ = cli("masks", "--input", raw, "--output", out)
+    assert [name for name in os.listdir(out) if name.startswith(".")] == [".tmp-young.png"]
     assert code == 0 and f"{2} pairs written" in printed and f"{len(names) // 2 - 2} already there" in printed
     after = pairs(out)
     assert after.pop(names[8]) == kept and before.pop(names[8]) and after == before
     assert cli("masks", "--input", raw, "--output", out, "--overwrite")[0] == 0
     assert pairs(out)[names[8]] != kept
-    assert not [name for name in os.listdir(out) if name.startswith(".")]
     (out / names[0]).write_bytes(b"no image")  # the first pair is always in the preview
     refuse("masks", "--input", raw, "--output", out, words=[names[0], "delete it"])
 
@@ -147,13 +165,9 @@ def test_masks_follow_the_picture(drawn):
     shifts = []
     for path in sorted((drawn / "dataset/processed").glob("*_image.png"))[:40]:
         image = read(path)
-        left, right = (
-            cv2.warpAffine(
-                image, np.float32([[1, 0, by], [0, 1, 0]]), (200, 200), borderMode=cv2.BORDER_REPLICATE
-            )
-            for by in (-14, 14)
-        )
-        centres = [np.flatnonzero(grabcut_mask(moved).any(axis=0)).mean() for moved in (left, right)]
+        wide = cv2.copyMakeBorder(image, 0, 0, 14, 14, cv2.BORDER_REPLICATE)
+        left, right = wide[:, 28:], wide[:, :-28]
+        centres = [np.flatnonzero(grabcut_mask(image).any(axis=0)).mean() for image in (left, right)]
         shifts.append(centres[1] - centres[0])
     assert np.mean(shifts) > 6
 
@@ -221,3 +235,23 @@ def test_bad_input(raw, tmp_path, refuse):
     refuse("masks", *out, "--input", raw, "--parser", tmp_path / "eight.onnx", words=["--parser"])
     assert not (tmp_path / "out").exists()
     refuse("masks", *out, "--input", tmp_path / "cut.tar.gz", words=["cut.tar.gz", "whole .tar.gz"])
+
+
+# Drawn faces
+
+
+def test_drawn_faces_from_any_folder(tmp_path, cli, refuse):
+    done = shell("synthesize", "--count", 7, "--seed", 3, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    images, masks = tmp_path / "dataset/raw", tmp_path / "dataset/raw_masks"
+    before = {path: path.read_bytes() for folder in (images, masks) for path in folder.iterdir()}
+    stems = [path.name.removesuffix(".jpg.chip.jpg") for path in images.iterdir()]
+    assert len(stems) == 7 and all(parse_name(f"{stem}.jpg") for stem in stems)
+    assert {path.name for path in masks.iterdir()} == {f"{stem}_mask.png" for stem in stems}
+    min(before).unlink()
+    code, out, _ = cli("synthesize", "--count", 7, "--seed", 3, "--workers", 2, cwd=tmp_path)
+    assert code == 0 and "1 faces drawn, 6 already there" in out
+    assert before == {path: path.read_bytes() for folder in (images, masks) for path in folder.iterdir()}
+    for flags in (["--count", 3, "--seed", 3], ["--count", 7, "--seed", 4]):  # nobody's pictures are deleted
+        refuse("synthesize", *flags, "--overwrite", words=["dataset/raw holds other files"], cwd=tmp_path)
+    assert all(path.exists() for path in before)
