@@ -1,0 +1,129 @@
+"""How often the intervals of evaluate.py and tools/table.py hold, beside what they replaced.
+
+    python tests/simulate_intervals.py
+
+Every figure is of simulated faces with fixed seeds, where the truth is known. "before" is the percentile
+bootstrap (over near-duplicate groups and, for differences, over seeds as well). Takes a minute or two.
+"""
+
+import sys
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "tools")]
+
+from evaluate import effective_faces, gap_p_value, interval, measure_calibration, resample, wilson
+from table import compare
+
+FACES = 1895
+RACES = (787, 356, 287, 338, 127)  # faces of each, of which no gap is real
+NORMAL = NormalDist()
+
+
+def report(what, wanted, before, after, trials):
+    """A line: the share of `trials` data sets, as it should be and as it is."""
+    noise = 1.96 * (wanted * (1 - wanted) / trials) ** 0.5
+    before = "" if before is None else f"{before:.1%}"
+    after = "" if after is None else f"{after:.1%}"
+    print(f"{what:72}{before:>8}{after:>8}{f'{wanted:.0%} ± {noise:.1%}':>14}", flush=True)
+
+
+def widest_gaps(trials=300):
+    """A gap is found although all subgroups have the same accuracy."""
+    weights = resample(np.arange(FACES)).astype(float)
+    for what, counts in (("race", RACES), ("race and gender", [n // 2 for n in RACES for _ in range(2)])):
+        labels, rng = np.repeat(np.arange(len(counts)), counts), np.random.default_rng(1)
+        members, used = np.eye(len(counts))[labels], weights[:, : len(labels)]
+        faces, found = used @ members, np.zeros(2)
+        large = [k for k, n in enumerate(counts) if n >= 100]
+        for trial in range(trials):
+            right = rng.random(len(labels)) < 0.76
+            shares, draws = right @ members / counts, used @ (members * right[:, None]) / faces
+            high, low = max(large, key=lambda k: shares[k]), min(large, key=lambda k: shares[k])
+            inside = np.isin(labels, large)
+            p = gap_p_value(right[inside], labels[inside], np.flatnonzero(inside), trial, shuffles=199)
+            found += interval(draws[:, high] - draws[:, low])[0] > 0, p <= 0.05
+        report(f"1. a gap by {what} is found where there is none", 0.05, *found / trials, trials)
+
+
+def old_compare(first, second, rng):
+    """The interval as it was: faces and seeds drawn anew with each resample."""
+    means = []
+    for runs in (first, second):
+        draws = np.stack([drawn for _, drawn in runs])
+        chosen = rng.integers(len(runs), size=draws.shape)
+        means.append(np.take_along_axis(draws, chosen, axis=0).mean(axis=0))
+    return interval(means[0] - means[1])
+
+
+def differences(trials=300):
+    """Two configurations equally good on average; their seeds differ, and each face is hard for some."""
+    weights = resample(np.arange(FACES)).astype(float) / FACES
+    for seeds in (1, 2, 3, 5):
+        for spread in (0.5, 1, 2):
+            rng, held = np.random.default_rng(seeds), np.zeros(3)
+            for _ in range(trials):
+                hard, sides, truths = rng.normal(size=FACES), [], []
+                for _ in range(2):
+                    own = hard + 0.3 * rng.normal(size=FACES)  # what is hard for a configuration
+                    truth = 0.76 + spread / 100 * rng.normal(size=seeds)
+                    noise = 0.4 * rng.normal(size=(seeds, FACES))  # and for one of its models
+                    scale = (1 + 0.3**2 + 0.4**2) ** 0.5
+                    cut = np.array([NORMAL.inv_cdf(share) for share in truth]) * scale
+                    right = (own + noise < cut[:, None]).astype(float)  # S×N
+                    sides.append(list(zip(right.mean(axis=1), right @ weights.T)))
+                    truths.append(truth.mean())
+                low, high = old_compare(*sides, rng)
+                _, (new_low, new_high), _ = compare(*sides)
+                trained = truths[0] - truths[1]
+                held += low <= 0 <= high, new_low <= 0 <= new_high, new_low <= trained <= new_high
+            before, zero, trained = held / trials
+            what = f"2. a difference of zero is covered, {seeds} seeds a side, sd {spread} points"
+            if seeds < 3:
+                report(what, 0.95, before, None, trials)
+                report("   that of these trained models is covered", 0.95, None, trained, trials)
+            else:
+                report(what, 0.95, before, zero, trials)
+
+
+def shares(trials=2000):
+    """Shares near one, of faces alone and with a tenth of them in pairs of near-duplicates that agree."""
+    for count, pairs in ((118, 0), (118, 12), (FACES, 0), (FACES, 190)):
+        clusters = np.r_[np.repeat(np.arange(pairs), 2), pairs + np.arange(count - 2 * pairs)]
+        weights = resample(clusters, 400).astype(float)
+        for share in (0.98, 0.994):
+            rng, held = np.random.default_rng(2), np.zeros(2)
+            right = (rng.random((trials, clusters.max() + 1)) < share)[:, clusters].astype(float)
+            draws = right @ weights.T / weights.sum(axis=1)  # trials×R
+            for values, drawn in zip(right, draws):
+                for i, (low, high) in enumerate(
+                    (np.percentile(drawn, [2.5, 97.5]), wilson(values.mean(), effective_faces(clusters)))
+                ):
+                    held[i] += low <= share <= high
+            what = f"3. a share of {share:.1%} of {count} faces, {pairs} pairs, is covered"
+            report(what, 0.95, *held / trials, trials)
+
+
+def calibration(trials=300):
+    """The calibration error of a perfect model: its bootstrap reaches zero, it lies in the range printed."""
+    rng = np.random.default_rng(3)
+    weights, held = resample(np.arange(FACES), 100), np.zeros(2)
+    for trial in range(trials):
+        confidence = 0.4 + 0.6 * rng.beta(3, 1.5, FACES)
+        right = rng.random(FACES) < confidence
+        found = measure_calibration(confidence, right, trial)
+        low, high = found["calibration_error_if_perfect"]["range95"]
+        bins = np.eye(15)[np.minimum((15 * confidence).astype(int), 14)] * (right - confidence)[:, None]
+        naive = interval(np.abs(weights @ bins).sum(axis=1) / FACES)
+        held += naive[0] <= 0, low <= found["expected_calibration_error"] <= high
+    report("4. a perfectly calibrated model looks like one", 0.95, *held / trials, trials)
+
+
+if __name__ == "__main__":
+    print(f"{'':72}{'before':>8}{'after':>8}{'should be':>14}")
+    widest_gaps()
+    differences()
+    shares()
+    calibration()
