@@ -36,12 +36,9 @@ def overlap(processed):
         if not faces:
             undetected += 1
             continue
-        corners = [(faces[0].landmark[i].x, faces[0].landmark[i].y) for i in oval] * np.array(
-            image.shape[1::-1]
-        )
-        truths.append(
-            cv2.fillPoly(np.zeros(image.shape[:2], np.uint8), [np.rint(corners).astype(np.int32)], 1) > 0
-        )
+        corners = np.array([(faces[0].landmark[i].x, faces[0].landmark[i].y) for i in oval])
+        corners = np.rint(corners * image.shape[1::-1]).astype(np.int32)
+        truths.append(cv2.fillPoly(np.zeros(image.shape[:2], np.uint8), [corners], 1) > 0)
         found.append(cv2.imread(f"{processed}/{stem}_mask.png", cv2.IMREAD_GRAYSCALE) > 127)
     constant = np.mean(truths, axis=0) > 0.5
     ious = np.array([(a & b).sum() / (a | b).sum() for a, b in zip(found, truths)])
