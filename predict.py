@@ -1,79 +1,74 @@
-"""Tells the age group of faces, and where the face is, in any pictures; exports the model to ONNX.
+"""Finds the faces in any photographs and tells their age group, their age, and where each face is.
 
-    python predict.py face.jpg folder/ *.png
-    python predict.py photo.jpg --detector face_detection_yunet.onnx --overlay drawn --json faces.json
-    python predict.py --export model.onnx
-    python predict.py --serve                   # a page to try it in a browser
+    python predict.py photo.jpg folder/ --csv faces.csv --overlay drawn
+    python predict.py --aligned UTKFace/             # pictures that are face crops already, as UTKFace's are
+    python predict.py --export model.onnx            # the model for other programs
+    python predict.py --serve                        # a page to try it in a browser
 
-A picture is taken for one aligned face, as UTKFace's crops are, unless --detector finds the faces in it. From
-Python (see `load` and `predict`):
+Faces are found by YuNet, which is downloaded once into torch.hub's cache. From Python:
 
     from predict import load, predict
     model = load("model.pt")
-    faces = predict(model, image)  # uint8 RGB (H, W, 3) → a list of `Prediction`
+    faces = predict(model, image)  # a PIL image, or uint8 RGB (H, W, 3) -> a list of `Prediction`
 """
 
+import base64
 import copy
+import hashlib
 import json
 import os
 import sys
 import threading
+from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from common import (
-    GROUP_NAMES,
-    UserError,
-    add_device_flags,
-    atomic_path,
-    autocast,
-    check_writable,
-    choose_device,
-    choose_precision,
-    decode_image,
-    load_model,
-    number,
-    pixel_statistics,
-    progress,
-    resize,
-    run,
-    script_parser,
-    shipped,
-    to_input,
-    write_csv,
-)
+import cli
+import common
+from cli import UserError, atomic_path, progress, write_csv
+from common import autocast, choose_device, choose_precision, expected_age, group_logits, load_model
+from utkface import GROUP_NAMES, MIN_SIDE, central_square, decode_image, flatten, resize
 
 RELEASED = "weights/age_multitask.pt"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SUFFIXES = {  # what the decoder reads, where Pillow and OpenCV were built with it
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
-# Faces in a picture
+# Faces in a picture, and the model on them
 # ------------------------------------------------------------------------------------------------------------
 
+ZOO = "https://media.githubusercontent.com/media/opencv/opencv_zoo/main/models"
+DETECTOR_URL = f"{ZOO}/face_detection_yunet/face_detection_yunet_2023mar.onnx"
+DETECTOR_SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
+DETECTOR_SIDE = 1024  # pixels to which a larger picture is reduced to find faces
 # Where right eye, left eye, nose and the right and left corner of the mouth (the person's) lie in UTKFace's
 # crops, as shares of the side: medians over 597 of them, as MediaPipe's mesh finds them.
 LANDMARKS = np.array([(0.300, 0.300), (0.686, 0.302), (0.491, 0.547), (0.326, 0.690), (0.660, 0.690)])
-DETECTOR_SIDE = 1024  # pixels to which a larger picture is reduced to find faces
 LARGEST_CROP = 512
+OPENCV_LOG = threading.Lock()  # its level is the whole process's
 
 
 class Prediction(NamedTuple):
     """One face. `probabilities` float (6,) in the order of `GROUP_NAMES`, of which `group` is the likeliest.
 
-    `box` is x, y, width, height in pixels of the picture. `mask` is bool (H, W), the picture's size, where
-    the face is, or None from a model without a decoder.
+    `predicted_age` is in years, None from a model that learned groups alone; `box` x, y, width, height in
+    pixels of the picture; `mask` bool (H, W), the picture's size, None from a model without a decoder.
     """
 
     group: str
     probabilities: np.ndarray
+    predicted_age: float | None
     box: tuple[int, int, int, int]
     mask: np.ndarray | None
 
@@ -84,7 +79,7 @@ class Crop(NamedTuple):
     The map is float (2, 3), from places in the picture, in pixels, to places in the crop, in sides.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     box: tuple[int, int, int, int]
     warp: np.ndarray
 
@@ -94,14 +89,6 @@ def to_pixels(warp, side):
     scaled = warp * side
     scaled[:, 2] += scaled[:, :2].sum(axis=1) / 2 - 0.5
     return scaled
-
-
-def whole_picture(image):
-    """The largest square at the centre of a picture (H, W, 3), as a `Crop`."""
-    side = min(image.shape[:2])
-    y, x = ((length - side) // 2 for length in image.shape[:2])
-    warp = np.array([[1, 0, -x], [0, 1, -y]]) / side
-    return Crop(image[y : y + side, x : x + side], (x, y, side, side), warp)
 
 
 def align(image, landmarks):
@@ -114,26 +101,46 @@ def align(image, landmarks):
     (a, b), *_ = np.linalg.lstsq(np.stack([source, np.ones(5)], axis=1), target, rcond=None)
     warp = np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
     side = int(np.clip(round(1 / abs(a)), 32, LARGEST_CROP))  # the face's own size, so that nothing is lost
-    pixels = cv2.warpAffine(
-        image, to_pixels(warp, side), (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
+    pixels = cv2.warpAffine(image, to_pixels(warp, side), (side, side), borderMode=cv2.BORDER_REPLICATE)
     return pixels, warp
 
 
-def open_detector(path):
+def released_detector():
+    """YuNet's ONNX file as OpenCV publishes it, from torch.hub's cache, or from the network into it.
+
+    It is checked by its hash before every use. Raises UserError if it cannot be had.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(DETECTOR_URL).name)
+    try:
+        if not cached.exists():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(DETECTOR_URL, str(cached), DETECTOR_SHA256, progress=False)
+            print(f"face detector downloaded to {cached}")
+        data = cached.read_bytes()
+    except (OSError, RuntimeError, HTTPException) as error:  # no network, another file, no room
+        place = f"put {DETECTOR_URL} into {cached.parent}"
+        raise UserError(f"no face detector ({error}): {place}, or give --aligned for face crops") from None
+    if hashlib.sha256(data).hexdigest() != DETECTOR_SHA256:
+        raise UserError(f"{cached} is not YuNet's file (its SHA-256 differs): delete it, and run again")
+    return data
+
+
+def open_detector(path=None):
     """A function from a picture to its faces, (N, 15) as YuNet gives them, that threads can share.
 
-    Rows hold box, five landmarks and score. Raises UserError if `path` is no such network.
+    Rows hold box, five landmarks and score. path: another file than `released_detector`, or UserError.
     """
-    if not Path(path).is_file():
-        raise UserError(
-            f"--detector {path} is not there: give the ONNX file of YuNet, from OpenCV's model zoo"
-        )
     local = threading.local()  # a network is not for two threads at once
+    log = cv2.utils.logging
 
     def detect(image):
         if not hasattr(local, "network"):
-            local.network = cv2.FaceDetectorYN.create(str(path), "", (32, 32), score_threshold=0.7)
+            with OPENCV_LOG:  # OpenCV 5 warns that its new engine knows no targets; none was asked for
+                before = log.setLogLevel(log.LOG_LEVEL_SILENT)
+                try:
+                    local.network = cv2.FaceDetectorYN.create("onnx", data, data[:0], (32, 32), 0.7)
+                finally:
+                    log.setLogLevel(before)
         scale = min(1, DETECTOR_SIDE / max(image.shape[:2]))
         size = [max(32, round(length * scale)) for length in image.shape[1::-1]]
         local.network.setInputSize(size)
@@ -144,211 +151,242 @@ def open_detector(path):
         return faces
 
     try:
+        data = np.frombuffer(Path(path).read_bytes() if path else released_detector(), np.uint8)
         detect(np.zeros((64, 64, 3), np.uint8))
-    except cv2.error:
-        raise UserError(
-            f"--detector {path} is no face detector that OpenCV can run: give YuNet's ONNX"
-        ) from None
+    except (OSError, cv2.error):
+        raise UserError(f"--detector {path} cannot be read as a face detector: name YuNet's file") from None
     return detect
 
 
 def find_crops(image, detect=None):
     """The faces of a picture, uint8 RGB (H, W, 3), as `Crop`s, from left to right; without `detect`, one."""
     if detect is None:
-        return [whole_picture(image)]
-    crops = []
-    for face in sorted(detect(image).tolist()):
-        pixels, warp = align(image, np.reshape(face[4:14], (5, 2)))
-        crops.append(Crop(pixels, tuple(round(value) for value in face[:4]), warp))
-    return crops
+        square = central_square(image)
+        side = len(square)
+        y, x = ((length - side) // 2 for length in image.shape[:2])
+        return [Crop(square, (x, y, side, side), np.array([[1, 0, -x], [0, 1, -y]]) / side)]
+    found = sorted(detect(image).tolist())
+    crops = [(face, *align(image, np.reshape(face[4:14], (5, 2)))) for face in found]
+    return [Crop(pixels, tuple(map(round, face[:4])), warp) for face, pixels, warp in crops]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The model on crops
-# ------------------------------------------------------------------------------------------------------------
+def load(checkpoint, detector=None, aligned=False, device="auto", precision="fp32"):
+    """What `predict` needs: a model written by finetune.py and, unless `aligned`, a detector of faces.
 
-
-def load(checkpoint, detector=None, device="auto", precision="auto"):
-    """What `predict` needs: a model written by finetune.py, and YuNet's ONNX file to find faces, if named.
-
-    Raises UserError if a file is missing or is anything else.
+    aligned: each picture is one face crop, as in UTKFace. detector: an ONNX file of YuNet, by default
+    OpenCV's, which is downloaded once. Raises UserError if a file is missing or is anything else.
     """
     device = choose_device(device)
     model, content = load_model(checkpoint, device)
     return SimpleNamespace(
         model=model, image_size=content["preprocessing"]["image_size"], device=device,
-        dtype=choose_precision(precision, device), detect=open_detector(detector) if detector else None,
+        dtype=choose_precision(precision, device), detect=None if aligned else open_detector(detector),
     )  # fmt: skip
 
 
-@torch.inference_mode()
-def score(loaded, crops, batch_size=256):
-    """Probabilities float (N, 6) and mask probabilities float (N, S, S), or None, of N crops.
+def outputs(model, images):
+    """Probabilities of groups (B, 6), expected ages (B,) and mask probabilities (B, 1, H, W), or None for
+    what the model has not learned, of normalised images (B, 3, H, W)."""
+    logits, masks = model(images, years=model.by_year)  # B×YEARS or B×6, B×1×H×W
+    groups = group_logits(logits) if model.by_year else logits.float()  # B×6
+    ages = expected_age(logits.float()) if model.by_year else None
+    return groups.softmax(dim=1), ages, None if masks is None else masks.float().sigmoid()
 
-    crops: uint8 RGB (N, S, S, 3), S the model's image size.
-    """
-    probabilities, masks = [], []
-    for batch in torch.from_numpy(crops).split(batch_size):
+
+@torch.inference_mode()
+def score(loaded, squares, batch_size=256):
+    """Probabilities float (6,), expected age or None, mask float (1, S, S) or None of each of N crops, given
+    as a list of uint8 RGB (S, S, 3), S the model's image size."""
+    scores = []
+    for start in range(0, len(squares), batch_size):
+        batch = torch.from_numpy(np.stack(squares[start : start + batch_size]))  # B×S×S×3
         with autocast(loaded.device, loaded.dtype):
-            logits, mask_logits = loaded.model(to_input(batch, loaded.device))  # B×6, B×1×S×S
-        probabilities.append(logits.cpu().double().softmax(dim=1).numpy())
-        if mask_logits is not None:
-            masks.append(mask_logits[:, 0].float().sigmoid().cpu().numpy())
-    return np.concatenate(probabilities), np.concatenate(masks) if masks else None
+            found = outputs(loaded.model, common.to_input(batch, loaded.device))
+        scores += zip(
+            *([None] * len(batch) if part is None else part.cpu().double().numpy() for part in found)
+        )
+    return scores
 
 
 def place_mask(mask, warp, shape):
-    """The mask of a crop, float (S, S), as bool (H, W) in its picture of that `shape`."""
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(mask, to_pixels(warp, len(mask)), shape[1::-1], flags=flags) > 0.5
+    """The mask of a crop, float (1, S, S), as bool (H, W) in its picture of that `shape`."""
+    warp, flags = to_pixels(warp, mask.shape[-1]), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(mask[0], warp, shape[1::-1], flags=flags) > 0.5
 
 
 def predict(loaded, image):
     """The faces in one picture: a list of `Prediction`, from left to right.
 
-    loaded: from `load`; image: uint8 RGB (H, W, 3). Raises ValueError for anything else.
+    loaded: from `load`; image: uint8 RGB (H, W, 3), or a PIL image, which is turned as its EXIF says and lies
+    on mid-grey where it is transparent. Raises ValueError for anything else or below `MIN_SIDE` a side.
     """
+    if isinstance(image, Image.Image):
+        image = cv2.cvtColor(flatten(image), cv2.COLOR_BGR2RGB)
     image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < MIN_SIDE:
+        raise ValueError(f"not a uint8 (H, W, 3) of {MIN_SIDE} or more a side: {image.dtype} {image.shape}")
     crops = find_crops(image, loaded.detect)
-    if not crops:
-        return []
-    squares = np.stack([resize(crop.pixels, loaded.image_size) for crop in crops])
-    probabilities, masks = score(loaded, squares)
-    masks = [None] * len(crops) if masks is None else masks
-    return [
-        Prediction(
-            GROUP_NAMES[p.argmax()], p, crop.box,
-            None if mask is None else place_mask(mask, crop.warp, image.shape),
-        )
-        for crop, p, mask in zip(crops, probabilities, masks)
-    ]  # fmt: skip
+    squares = [resize(crop.pixels, loaded.image_size) for crop in crops]
+    faces = []
+    for crop, (p, age, mask) in zip(crops, score(loaded, squares)):
+        mask = None if mask is None else place_mask(mask, crop.warp, image.shape)
+        faces.append(Prediction(GROUP_NAMES[p.argmax()], p, age, crop.box, mask))
+    return faces
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Many pictures
+# Many pictures, and what is written of them
 # ------------------------------------------------------------------------------------------------------------
 
 CHUNK = 64  # pictures read while those before are scored
+COLORS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)]
 
 
-def list_pictures(inputs):
-    """The picture files among `inputs`, files as they are and folders searched through, in order."""
-    paths = []
+def list_pictures(inputs, outputs):
+    """The picture files among `inputs`, in order: files as they are, and folders searched through.
+
+    Folders among `outputs` are not searched. What is passed over is counted and named on stderr.
+    """
+    paths, masks, others = [], [], []
+    outputs = {os.path.realpath(folder) for folder in outputs if folder}
     for path in map(Path, inputs):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not inside:
-                raise UserError(
-                    f"{path} holds no picture ({', '.join(sorted(SUFFIXES))}): name another folder"
-                )
-            paths += inside
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(f"{path} is not there: name a picture or a folder of them")
+        pictures = [path] if path.is_file() else []
+        for folder, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if os.path.realpath(f"{folder}/{name}") not in outputs]
+            names = set(names)
+            for file in map(Path(folder).joinpath, names):
+                is_mask = file.name.endswith("_mask.png") and f"{file.name[:-9]}_image.png" in names
+                known = file.suffix.lower() in SUFFIXES and file.is_file()
+                (masks if is_mask else pictures if known else others).append(file)
+        if not pictures:
+            what = "holds no picture" if path.is_dir() else "is not there"
+            raise UserError(f"{path} {what}: name pictures, or a folder of them")
+        paths += sorted(pictures)
+    if others or masks:
+        named = ", ".join(map(str, (sorted(others) + sorted(masks))[:3])) + ", …" * (len(others + masks) > 3)
+        counts = f"{len(others)} files that are no pictures, {len(masks)} face masks"
+        print(f"passed over {counts}: {named}", file=sys.stderr)
     return paths
 
 
-def read_faces(path, loaded, keep):
-    """A picture's crops as N squares (S, S, 3), its `Crop`s, itself if `keep`; or the reason for none."""
+def read_picture(source):
+    """Decodes a file, given by its path or as bytes, to uint8 RGB (H, W, 3); raises ValueError or OSError."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    return cv2.cvtColor(decode_image(data), cv2.COLOR_BGR2RGB)
+
+
+def read_faces(source, loaded):
+    """A picture's `crops`, without pixels, and those as `squares` (S, S, 3), or the `reason` for none."""
     try:
-        image = cv2.cvtColor(decode_image(path.read_bytes()), cv2.COLOR_BGR2RGB)
+        image = read_picture(source)
     except (ValueError, OSError) as error:
-        return SimpleNamespace(path=path, crops=[], reason=getattr(error, "strerror", None) or str(error))
+        reason = getattr(error, "strerror", None) or str(error)
+        return SimpleNamespace(path=source, crops=[], squares=[], reason=reason)
     crops = find_crops(image, loaded.detect)
-    squares = [resize(crop.pixels, loaded.image_size) for crop in crops]
-    crops = [crop._replace(pixels=None) for crop in crops]
     return SimpleNamespace(
-        path=path, squares=squares, crops=crops, image=image if keep else None, shape=image.shape,
-        reason=None if crops else "no face found",
+        path=source, shape=image.shape, reason=None if crops else "no face found",
+        squares=[resize(crop.pixels, loaded.image_size) for crop in crops],
+        crops=[crop._replace(pixels=None) for crop in crops],  # lest a chunk's photographs stay in memory
     )  # fmt: skip
 
 
-def score_pictures(paths, loaded, workers, keep=False):
-    """Yields each picture of `read_faces` with `probabilities` (N, 6) and `masks` (N, S, S) or None added."""
+def score_pictures(paths, loaded, workers):
+    """Yields each picture of `read_faces` with `faces` added: a `Crop`, and what `score` says, of each."""
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     with ThreadPool(max(workers, 1)) as pool:
-        read = lambda chunk: pool.map_async(lambda path: read_faces(path, loaded, keep), chunk, 1)  # noqa: E731
+        read = lambda chunk: pool.map_async(lambda path: read_faces(path, loaded), chunk, 1)  # noqa: E731
         coming = read(chunks[0])
         for index, _ in enumerate(progress(chunks, "faces", unit="chunk")):
             pictures = coming.get()
             if index + 1 < len(chunks):
                 coming = read(chunks[index + 1])
-            squares = [square for picture in pictures if picture.crops for square in picture.squares]
-            probabilities, masks = score(loaded, np.stack(squares)) if squares else (None, None)
-            start = 0
+            scores = iter(score(loaded, [square for picture in pictures for square in picture.squares]))
             for picture in pictures:
-                own = slice(start, start := start + len(picture.crops))
-                picture.probabilities = [] if not picture.crops else probabilities[own]
-                picture.masks = None if masks is None else masks[own]
+                picture.faces = [(crop, *next(scores)) for crop in picture.crops]
                 yield picture
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Overlays
-# ------------------------------------------------------------------------------------------------------------
+def table_rows(path, faces):
+    """A row of --csv for each of a picture's faces; what in the name is no text is written as digits."""
+    return [
+        {
+            "file": str(path).encode(errors="backslashreplace").decode(), "face": i,
+            **dict(zip(("x", "y", "width", "height"), crop.box)),
+            "group": GROUP_NAMES[p.argmax()], "predicted_age": None if age is None else round(age, 2),
+            **{f"p{group}": round(float(chance), 6) for group, chance in enumerate(p)},
+        }
+        for i, (crop, p, age, _) in enumerate(faces)
+    ]  # fmt: skip
 
-COLORS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)]
+
+def write_json(path, rows):
+    """Writes the rows of `table_rows` as JSON, with the names of the groups."""
+    faces = [
+        {key: row[key] for key in ("file", "face", "group", "predicted_age")}
+        | {"box": [row[key] for key in ("x", "y", "width", "height")]}
+        | {"probabilities": {name: row[f"p{group}"] for group, name in enumerate(GROUP_NAMES)}}
+        for row in rows
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(faces, indent=2) + "\n", encoding="utf-8")
 
 
-def draw_overlay(image, crops, probabilities, masks):
-    """A picture, uint8 RGB (H, W, 3), with a box, the mask's outline, group and probability at each face.
+def label(p, age):
+    """What an overlay says of a face: probabilities (6,) and age → `Young Adult 79 %, about 31`."""
+    return f"{GROUP_NAMES[p.argmax()]} {100 * p.max():.0f} %" + ("" if age is None else f", about {age:.0f}")
 
-    Small pictures are enlarged, so that the text can be read. Colours stand for groups (Okabe & Ito 2008).
+
+def draw_overlay(picture):
+    """A PIL picture with box, outline of the mask and label at each face of a scored picture.
+
+    Small ones are enlarged, so that the text can be read. Colours stand for groups (Okabe & Ito 2008).
     """
-    import matplotlib  # for its font
-
+    image = read_picture(picture.path)  # decoded again: a chunk of photographs would fill the memory
     scale = max(1, -(-360 // min(image.shape[:2])))
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    line = max(2, round(min(canvas.shape[:2]) / 250))
-    chosen = [int(p.argmax()) for p in probabilities]
-    for i, group in enumerate(chosen):
-        if masks is None:
+    short = min(canvas.shape[:2])
+    line = max(2, round(short / 250))
+    for crop, p, _, mask in picture.faces:
+        if mask is None:
             continue
-        mask = place_mask(masks[i], crops[i].warp / [[scale, scale, 1]], canvas.shape).astype(np.uint8)
-        tint = np.array(COLORS[group])
-        canvas[mask > 0] = (0.85 * canvas[mask > 0] + 0.15 * tint).astype(np.uint8)
+        mask = place_mask(mask, crop.warp / [[scale, scale, 1]], canvas.shape).astype(np.uint8)
+        color = COLORS[p.argmax()]
+        canvas[mask > 0] = (0.85 * canvas[mask > 0] + 0.15 * np.array(color)).astype(np.uint8)
         outline = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
-        cv2.drawContours(canvas, outline, -1, COLORS[group], line, cv2.LINE_AA)
-    picture = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(picture, "RGBA")
-    whole = len(crops) == 1 and crops[0].box[2:] == (min(image.shape[:2]),) * 2
-    for crop, p, group in zip(crops, probabilities, chosen):
+        cv2.drawContours(canvas, outline, -1, color, line, cv2.LINE_AA)
+    drawn = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(drawn, "RGBA")
+    for crop, p, age, _ in picture.faces:
+        color, text = COLORS[p.argmax()], label(p, age)
         x, y, width, height = (value * scale for value in crop.box)
-        size = int(np.clip(width / 11, 13, canvas.shape[0] / 18))
+        size = int(np.clip(width / 14, max(13, short / 60), canvas.shape[0] / 18))
         font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", size)
-        text = f"{GROUP_NAMES[group]} {p[group]:.0%}"
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         pad = size // 2
         wide, high = right - left + 2 * pad + 2 * line, bottom - top + 2 * pad
-        if whole:  # the picture is the face: its label lies within
-            x, y = x + pad, y + height - high - pad
-        else:
-            draw.rounded_rectangle((x, y, x + width, y + height), 2 * line, outline=COLORS[group], width=line)
-            y = y - high if y >= high else y + height
+        draw.rounded_rectangle((x, y, x + width, y + height), 2 * line, outline=color, width=line)
+        x, y = x + 2 * line, y - high if y >= high else y + height - high - 2 * line  # above it, or within
         x, y = min(max(0, x), max(0, canvas.shape[1] - wide)), min(y, canvas.shape[0] - high)
         draw.rounded_rectangle((x, y, x + wide, y + high), pad, fill=(20, 20, 20, 200))
-        draw.rectangle((x + pad // 2, y + pad, x + pad // 2 + line, y + high - pad), fill=COLORS[group])
+        draw.rectangle((x + pad // 2, y + pad, x + pad // 2 + line, y + high - pad), fill=color)
         draw.text((x + pad + 2 * line - left, y + pad - top), text, font=font, fill=(255, 255, 255))
-    return picture
+    return drawn
 
 
-def overlay_path(path, args, top):
-    """Where the overlay of the picture at `path` goes: in --overlay as the picture lies below `top`."""
-    name = path.name + ("" if path.suffix.lower() in SUFFIXES else ".png")
-    return Path(args.overlay, os.path.relpath(path.with_name(name), top))
+def overlay_path(path, folder, top):
+    """Where the overlay of the picture at `path` goes: in `folder`, as the picture lies below `top`."""
+    kept = path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # others become PNG
+    return Path(folder, os.path.relpath(path, top) + ("" if kept else ".png"))
 
 
-def write_picture(picture, path):
-    """Saves a PIL picture."""
+def write_picture(path, draw, *arguments):
+    """Saves the PIL picture that `draw(*arguments)` gives."""
     with atomic_path(path) as temporary:
-        picture.save(temporary, quality=92)
+        draw(*arguments).save(temporary, quality=92)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Export
+# For others: an ONNX file, and a page in the browser
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -358,19 +396,16 @@ class ExportedModel(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        mean, std = pixel_statistics(torch.device("cpu"))
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        for name, values in zip(("mean", "std"), common.pixel_statistics(torch.device("cpu"))):
+            self.register_buffer(name, values)
 
     def forward(self, images):
-        """RGB float32 (B, 3, S, S), values 0–255 → probabilities (B, 6) and, with a decoder, (B, 1, S, S)."""
-        logits, mask_logits = self.model((images - self.mean) / self.std)
-        probabilities = logits.softmax(dim=1)
-        return probabilities if mask_logits is None else (probabilities, mask_logits.sigmoid())
+        """RGB float32 (B, 3, S, S), values 0–255 → those of `outputs` that the model has learned."""
+        return [part for part in outputs(self.model, (images - self.mean) / self.std) if part is not None]
 
 
 def export(loaded, path):
-    """Writes the model as one ONNX file: `images` in, `probabilities` and `masks` out (see `ExportedModel`).
+    """Writes `ExportedModel` as one ONNX file: `images` in; `probabilities`, `predicted_age`, `masks` out.
 
     The batch size is free and the side fixed; the names of the groups are in the file's metadata.
     """
@@ -380,96 +415,79 @@ def export(loaded, path):
     except ImportError as error:
         raise UserError(f"--export needs {error.name}: pip install onnx onnxscript") from None
     model = ExportedModel(copy.deepcopy(loaded.model).cpu().float()).eval()
-    images = torch.zeros(2, 3, loaded.image_size, loaded.image_size)
-    outputs = ["probabilities", "masks"][: 1 + (loaded.model.decoder is not None)]
-    shapes = {"images": {0: torch.export.Dim("batch")}}
+    names = ["probabilities"] + ["predicted_age"] * model.model.by_year
+    names += ["masks"] * (model.model.decoder is not None)
     with atomic_path(path) as temporary:
         torch.onnx.export(
-            model, (images,), temporary, input_names=["images"], output_names=outputs, dynamo=True,
-            external_data=False, dynamic_shapes=shapes, verbose=False,
+            model, (torch.zeros(2, 3, loaded.image_size, loaded.image_size),), temporary,
+            input_names=["images"], output_names=names, dynamo=True,
+            external_data=False, dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
         )  # fmt: skip
         graph = onnx.load(temporary)
-        onnx.helper.set_model_props(
-            graph, {"groups": ",".join(GROUP_NAMES), "input": "RGB, float32, 0 to 255, aligned face"}
-        )
+        about = "RGB, float32, 0 to 255, aligned face"
+        onnx.helper.set_model_props(graph, {"groups": ",".join(GROUP_NAMES), "input": about})
         onnx.save(graph, temporary)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A page in the browser
-# ------------------------------------------------------------------------------------------------------------
+def answer(data, loaded):
+    """What the page shows of an uploaded file's bytes: HTML, of the picture or a reason, and a table's rows.
+
+    The picture is within the HTML, so that no file is left behind.
+    """
+    (picture,) = score_pictures([data or b""], loaded, 1)
+    if picture.reason:
+        return f"<p>This picture cannot be used: {picture.reason}.</p>", []
+    code = base64.b64encode(cv2.imencode(".jpg", np.asarray(draw_overlay(picture))[..., ::-1])[1]).decode()
+    shown = f'<img alt="faces" style="max-height:75vh" src="data:image/jpeg;base64,{code}">'
+    return shown, [[label(p, age), *(f"{chance:.1%}" for chance in p)] for _, p, age, _ in picture.faces]
 
 
 def serve(loaded, host, port):
-    """Serves a page on which one uploads a picture, or takes one, and sees faces, groups and masks."""
+    """Serves a page on which one uploads a picture and sees faces, groups, ages and masks."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio
     except ImportError:
         raise UserError("--serve needs Gradio: pip install 'gradio>=6'") from None
-
-    def answer(path):
-        if path is None:
-            return None, None
-        picture = read_faces(Path(path), loaded, keep=True)
-        if picture.reason:
-            raise gradio.Error(f"This picture cannot be used: {picture.reason}.")
-        probabilities, masks = score(loaded, np.stack(picture.squares))
-        largest = max(range(len(probabilities)), key=lambda i: picture.crops[i].box[2])
-        chances = dict(zip(GROUP_NAMES, probabilities[largest].tolist()))
-        return draw_overlay(picture.image, picture.crops, probabilities, masks), chances
-
     wanted = "any photograph" if loaded.detect else "one face, cropped and upright"
-    with gradio.Blocks(title="Age group of a face", delete_cache=(600, 600)) as page:
+    with gradio.Blocks(title="Age group of a face", delete_cache=(60, 60)) as page:
         gradio.Markdown(
-            f"# Age group of a face\nGive {wanted}. Pictures stay on the machine that serves this page, "
-            "and are deleted within minutes. What is shown is an estimate."
+            f"# Age group of a face\nGive {wanted}. It stays on the machine that serves this page, and is "
+            "deleted within minutes. What is shown is an estimate."
         )
-        with gradio.Row():
-            # Files, not decoded pictures: `decode_image` knows what to refuse.
-            picture = gradio.Image(type="filepath", sources=["upload", "webcam"], label="Picture", height=420)
-            buttons = ["fullscreen", "download"]
-            drawn = gradio.Image(type="pil", label="Face", interactive=False, height=420, buttons=buttons)
-            chances = gradio.Label(label="Age group (of the largest face)")
-        picture.change(answer, picture, [drawn, chances], api_name="predict")
+        # Bytes, for `decode_image` alone to touch: Gradio's image widgets decode what they are given.
+        file = gradio.File(label="Picture", type="binary", height=140)
+        shown = gradio.HTML()
+        table = gradio.Dataframe(headers=["faces, from left to right", *GROUP_NAMES], interactive=False)
+        reply = lambda data: (*answer(data, loaded), None)  # noqa: E731, the field is free for the next
+        file.upload(reply, file, [shown, table, file], api_name="predict")
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
     try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size="20mb",
-            theme=theme,
-            share=False,
-            footer_links=[],
-        )
+        page.launch(server_name=host, server_port=port, max_file_size="20mb", theme=theme, footer_links=[])
     except OSError as error:
         raise UserError(f"--port {port} cannot be used ({error}): name another") from None
-
-
-# ------------------------------------------------------------------------------------------------------------
-
-
-def default_checkpoint():
-    """`model.pt` in the working directory if there is one, else the released model beside this script."""
-    return Path("model.pt") if Path("model.pt").is_file() else shipped(RELEASED)
+    finally:
+        page.close()  # deletes what was uploaded
 
 
 def get_parser():
-    parser = script_parser("predict", __doc__)
-    parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="pictures, and folders of them")
-    parser.add_argument(
-        "--checkpoint", help="model written by finetune.py; model.pt if it is there, else the released one"
+    parser = cli.script_parser("predict", __doc__)
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("inputs", nargs="*", metavar="PICTURE", help="pictures, and folders of them")
+    either(
+        "--aligned", action="store_true", help="each picture is one face crop as in UTKFace: find no faces"
     )
-    parser.add_argument("--detector", metavar="FILE.onnx", help="YuNet, to find faces in whole photographs")
-    parser.add_argument("--csv", metavar="FILE", help="table to write, a row a face")
-    parser.add_argument("--json", metavar="FILE", help="the same as JSON, with the names of the groups")
-    parser.add_argument("--overlay", metavar="DIR", help="folder for pictures with faces and groups drawn in")
-    parser.add_argument("--masks", metavar="DIR", help="folder for the face masks, as PNG of 0 and 255")
-    parser.add_argument("--export", metavar="FILE.onnx", help="write the model as ONNX")
-    parser.add_argument("--serve", action="store_true", help="serve a page to try it in a browser")
-    parser.add_argument("--host", default="127.0.0.1", help="address that --serve listens on")
-    parser.add_argument("--port", type=number(int, 1, 65535), default=7860, help="port that it listens on")
-    add_device_flags(parser)
+    add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
+    either("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
+    add("--csv", metavar="FILE", help="table to write, a row a face")
+    add("--json", metavar="FILE", help="the same as JSON, with the names of the groups")
+    add("--overlay", metavar="DIR", help="folder for pictures with faces, groups and ages drawn in")
+    add("--masks", metavar="DIR", help="folder for the face masks, as PNG of 0 and 255")
+    add("--export", metavar="FILE.onnx", help="write the model as ONNX")
+    add("--serve", action="store_true", help="serve a page to try it in a browser")
+    add("--host", default="127.0.0.1", help="address that --serve listens on")
+    add("--port", metavar="N", type=cli.number(int, 1, 65535), default=7860, help="port that it listens on")
+    cli.add_device_flags(parser)
     return parser
 
 
@@ -478,19 +496,17 @@ def main(args):
         raise UserError("nothing to do: name pictures or a folder, or give --serve or --export (-h explains)")
     for flag in ("csv", "json", "export", "overlay", "masks"):
         if getattr(args, flag):
-            path = Path(getattr(args, flag))
-            check_writable(f"--{flag}", path if flag in ("overlay", "masks") else path.parent)
-    paths = list_pictures(args.inputs)
+            check = cli.check_writable if flag in ("overlay", "masks") else cli.check_output
+            check(f"--{flag}", getattr(args, flag))
+    paths = list_pictures(args.inputs, (args.overlay, args.masks))
     top = os.path.commonpath([os.path.abspath(path.parent) for path in paths]) if paths else "."
-    if args.overlay and {path.resolve() for path in paths} & {
-        overlay_path(path, args, top).resolve() for path in paths
-    }:
-        raise UserError(
-            f"--overlay {args.overlay} would replace the pictures themselves: name another folder"
-        )
-    checkpoint = args.checkpoint or default_checkpoint()
+    drawn = {overlay_path(path, args.overlay, top).resolve() for path in paths if args.overlay}
+    if drawn & {path.resolve() for path in paths}:
+        raise UserError(f"--overlay {args.overlay} would replace the pictures: name another folder")
+    checkpoint = args.checkpoint or ("model.pt" if Path("model.pt").is_file() else cli.shipped(RELEASED))
     print(f"model: {checkpoint}")
-    loaded = load(checkpoint, args.detector, args.device, args.precision)
+    without = args.aligned or not (paths or args.serve)  # --export alone needs no detector
+    loaded = load(checkpoint, args.detector, without, args.device, args.precision)
     if args.masks and loaded.model.decoder is None:
         raise UserError(f"--masks: {checkpoint} has learned no masks; train one with finetune.py --multitask")
     if args.export:
@@ -501,65 +517,45 @@ def main(args):
     if not paths:
         return
 
-    rows, skipped, oblong = [], [], 0
-    for picture in score_pictures(paths, loaded, args.workers, keep=bool(args.overlay)):
-        if picture.reason:
-            skipped.append(f"{picture.path}: {picture.reason}")
-            continue
-        oblong += not 0.87 < picture.shape[0] / picture.shape[1] < 1.15
-        for i, (crop, p) in enumerate(zip(picture.crops, picture.probabilities)):
-            rows.append(
-                {
-                    "file": str(picture.path),
-                    "face": i,
-                    **dict(zip(("x", "y", "width", "height"), crop.box)),
-                    "group": GROUP_NAMES[p.argmax()],
-                    **{f"p{group}": round(float(chance), 6) for group, chance in enumerate(p)},
-                }
-            )
-            if args.masks:
-                mask = place_mask(picture.masks[i], crop.warp, picture.shape).astype(np.uint8) * 255
-                name = f"{picture.path.name}_{i}_mask.png"
-                path = Path(args.masks, os.path.relpath(picture.path.with_name(name), top))
-                write_picture(Image.fromarray(mask), path)
-        if args.overlay:
-            drawn = draw_overlay(picture.image, picture.crops, picture.probabilities, picture.masks)
-            write_picture(drawn, overlay_path(picture.path, args, top))
+    rows, skipped, failed = [], [], []
 
-    for line in skipped:
-        print(f"skipped {line}", file=sys.stderr)
+    def attempt(write, *arguments):  # what cannot be written is named at the end, and the rest is done
+        try:
+            write(*arguments)
+        except (UserError, ValueError, OSError) as error:
+            failed.append(f"failed: {error}\n")
+
+    for picture in score_pictures(paths, loaded, args.workers):
+        if picture.reason:
+            skipped.append(f"skipped {picture.path}: {picture.reason}\n")
+            continue
+        rows += table_rows(picture.path, picture.faces)
+        for i, (crop, _, _, mask) in enumerate(picture.faces if args.masks else []):
+            place = Path(args.masks, f"{os.path.relpath(picture.path, top)}_{i}_mask.png")
+            mask = place_mask(mask, crop.warp, picture.shape).astype(np.uint8) * 255
+            attempt(write_picture, place, Image.fromarray, mask)
+        if args.overlay:
+            attempt(write_picture, overlay_path(picture.path, args.overlay, top), draw_overlay, picture)
+    sys.stderr.writelines(skipped)
     if not rows:
-        raise UserError(f"none of {len(paths)} pictures holds a face that can be read")
+        hint = "" if args.aligned else "; if each is one face crop, give --aligned"
+        raise UserError(f"none of {len(paths)} pictures holds a face that can be read{hint}")
     width = max(len(row["file"]) for row in rows)
-    print(f"{'':{width}}  face  {'group':13}" + "".join(f"{name:>13}" for name in GROUP_NAMES))
+    print(f"{'':{width}}  face  {'group':12}   age" + "".join(f"{name:>13}" for name in GROUP_NAMES))
     for row in rows:
+        age = "" if row["predicted_age"] is None else f"{row['predicted_age']:.0f}"
         chances = "".join(f"{row[f'p{group}']:>13.1%}" for group in range(len(GROUP_NAMES)))
-        print(f"{row['file']:{width}}  {row['face']:4}  {row['group']:13}{chances}")
-    if args.csv:
-        write_csv(args.csv, rows)
-    if args.json:
-        faces = [
-            {
-                **{key: row[key] for key in ("file", "face", "group")},
-                "box": [row[key] for key in ("x", "y", "width", "height")],
-                "probabilities": {name: row[f"p{group}"] for group, name in enumerate(GROUP_NAMES)},
-            }
-            for row in rows
-        ]
-        with atomic_path(args.json) as temporary:
-            temporary.write_text(json.dumps(faces, indent=2) + "\n", encoding="utf-8")
-    if oblong and not args.detector:
-        print(
-            f"warning: {oblong} pictures are not square; the square at their centre was taken for the face: "
-            "give --detector for whole photographs",
-            file=sys.stderr,
-        )
-    written = [str(path) for path in (args.csv, args.json, args.overlay, args.masks) if path]
-    print(
-        f"{len(rows)} faces in {len(paths) - len(skipped)} pictures, {len(skipped)} skipped"
-        + (f"; written: {', '.join(written)}" if written else "")
-    )
+        print(f"{row['file']:{width}}  {row['face']:4}  {row['group']:12}  {age:>4}{chances}")
+    for path, write in ((args.csv, write_csv), (args.json, write_json)):
+        if path:
+            attempt(write, path, rows)
+    written = ", ".join(filter(None, (args.csv, args.json, args.overlay, args.masks)))
+    counts = f"{len(rows)} faces in {len(paths) - len(skipped)} pictures, {len(skipped)} skipped"
+    print(counts + (f"; written: {written}" if written else ""))
+    sys.stderr.writelines(failed)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    cli.run(main, get_parser())
