@@ -5,7 +5,6 @@ Nothing here loads torch, so `split.py -h` answers at once.
 
 import argparse
 import csv
-import hashlib
 import math
 import os
 import shutil
@@ -183,15 +182,8 @@ NOT_SETTINGS = ("config", "workers", "overwrite", "resume", "out", "device")
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-    """The arguments that define a run's result, for checkpoints to carry and --resume to compare.
-
-    A file behind --init counts by what is in it: `init_sha256` is its hash, None for no file.
-    """
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    if "init" in settings:
-        path = shipped(settings["init"])
-        settings["init_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    return settings
+    """The arguments that define a run's result, for checkpoints to carry and --resume to compare."""
+    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
 
 
 # ------------------------------------------------------------------------------------------------------------

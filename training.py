@@ -36,6 +36,7 @@ from cli import (
     progress,
     script_parser,
     settings_of,
+    shipped,
     write_csv,
 )
 from common import (
@@ -260,7 +261,9 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
 
     A finished run with the same settings counts as one to continue: nothing is left to train.
     """
-    out, last = Path(args.out), last_path(args.out)
+    out, last, start = Path(args.out), last_path(args.out), shipped(args.init)
+    # A file behind --init counts by what is in it, so its hash is a setting.
+    args.init_sha256 = hashlib.sha256(start.read_bytes()).hexdigest() if start.is_file() else None
     check_writable("--out", out.parent)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file in it, such as {out / f'{kind}.pt'}")
@@ -289,6 +292,7 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
             if key == "init_sha256":
                 what = f"another file behind --init {args.init}"
             raise UserError(f"{last} was made with {what}: --overwrite starts again")
+    args.init_sha256 = old.get("init_sha256")
     if not args.resume and state.get("epoch") != args.epochs:
         raise UserError(f"{last} holds an unfinished run: --resume continues it, --overwrite starts again")
     print(f"resumed {last} at epoch {state.get('epoch')}")
@@ -296,11 +300,14 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
 
 
 def same_place(key: str, old: dict, new: dict) -> bool:
-    """Whether a setting that differs is a path that leads to the same thing.
+    """Whether a setting that is spelled differently leads to the same thing.
 
-    Faces are compared by their pixels, files behind --init by their bytes, once they have been read.
+    Faces are compared by their pixels, once they have been read. A file behind --init is known by its hash
+    or, when it is gone, by its path: a run that has begun needs it no more.
     """
-    return key == "data" or (key == "init" and None not in (old.get("init_sha256"), new.get("init_sha256")))
+    before, now = old.get("init_sha256"), new["init_sha256"]
+    gone = before and not now and os.path.realpath(old["init"]) == os.path.realpath(new["init"])
+    return key == "data" or (key == "init" and bool(before and now)) or (key.startswith("init") and gone)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
@@ -333,7 +340,7 @@ def begin_training(
     args: argparse.Namespace, kind: str, model: nn.Module, groups: list[dict], dataset: FaceDataset,
     device: torch.device, state: dict | None, origin: dict | None,
 ) -> Training:  # fmt: skip
-    """A run at its beginning, from the `origin` of `init_backbone`, or where the `state` of `open_run` has it.
+    """A run at its beginning, from the `origin` of `init_backbone`, or where `open_run`'s `state` has it.
 
     Raises UserError if the state does not fit, or if the processes of torchrun are not all at one point.
     """
@@ -341,6 +348,14 @@ def begin_training(
         torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
         torch.backends.cudnn.benchmark = True  # pays for pictures of one size
     check_batch_size(args.batch_size, len(dataset))
+    settings = {key: value for key, value in settings_of(args).items() if key not in ("data", "init")}
+    check_ranks_agree(
+        {
+            "epochs done": state.get("epoch") if state else 0,
+            "faces": hashlib.sha256(dataset.hashes.numpy().tobytes()).hexdigest()[:8],
+            "settings": hashlib.sha256(repr(settings).encode()).hexdigest()[:8],
+        }
+    )
     loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
     network, dtype = distribute(model, device), choose_precision(args.precision, device)
     optimizer = torch.optim.AdamW(groups, fused=True)
@@ -364,9 +379,6 @@ def begin_training(
             )
     elif args.overwrite and not rank():
         last.unlink(missing_ok=True)  # lest --resume bring back what was overwritten
-    digest = hashlib.sha256(dataset.hashes.numpy().tobytes()).hexdigest()[:8]
-    weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-    check_ranks_agree({"epochs done": training.epoch, "faces": digest, "weights": f"{weights:.6g}"})
     return training
 
 

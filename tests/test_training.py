@@ -115,15 +115,18 @@ def test_what_may_be_continued(drawn, tmp_path, cli, refuse, monkeypatch):
     refuse(*run, "--resume", "--lr", 0.5, words=["--lr"])
     # Pretrained again under the same name, with another result.
     shutil.copy("c.pt", "kept.pt")
-    assert (
-        cli("pretrain", "--data", data, *FAST, "--epochs", 1, "--seed", 1, "--out", "c.pt", "--overwrite")[0]
-        == 0
-    )
+    again = ["--epochs", 1, "--seed", 1, "--out", "c.pt", "--overwrite"]
+    assert cli("pretrain", "--data", data, *FAST, *again)[0] == 0
     refuse(*run, "--resume", words=["another file behind --init c.pt", "--overwrite"])
     with monkeypatch.context() as patch:
         stop_in_epoch(patch, finetune, 2)
         code, printed, _ = cli("finetune", "--data", "split/", *flags, "--init", "./kept.pt", "--resume")
     assert code == 130 and "resumed model.last.pt at epoch 1" in printed
+    (tmp_path / "c.pt").unlink()  # not needed any more
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, finetune, 2)
+        assert cli(*run, "--resume")[0] == 130
+    refuse(*run[:-1], "typo.pt", "--resume", words=["--init"])
     next((data / "train").glob("*_image.png")).unlink()  # now other faces
     refuse("finetune", "--data", "split", *flags, "--init", "kept.pt", "--resume", words=["other faces"])
 
