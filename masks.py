@@ -6,6 +6,8 @@
 Writes `<age>_<gender>_<race>_<timestamp>_image.png` (RGB, original size) and `…_mask.png` (same size, one
 channel, 0/255) into `--output`, with `skipped.csv` (what was left out, and why) and `preview.png` (a contact
 sheet to look at). Pairs that are already there stay as they are: an interrupted run goes on where it stopped.
+Transparent pixels are laid on mid-grey. What is not square is counted, since the later stages look at its
+central square alone.
 """
 
 import os
