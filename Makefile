@@ -1,11 +1,12 @@
 # make run                            the five stages on drawn faces, at CPU size, in runs/synthetic
 # make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
-# make best DATA=path/UTKFace.tar.gz  the recipe of the released model, in runs/best
-# make table DATA=path/UTKFace.tar.gz every row of the results table, in runs/utkface; wants a GPU. At CPU size:
-#                                     make table DATA=... FLAGS='--config $(CURDIR)/configs/table_small.yaml'
+# make best DATA=path/UTKFace.tar.gz  the best recipe at a size for two CPU cores, in runs/best; hours
+# make table DATA=path/UTKFace.tar.gz every row of the results table, in runs/utkface; wants a GPU
+#                                     FLAGS='--config $(CURDIR)/configs/table_small.yaml' has it at CPU size
 # make test                           the test suite
 # make soak                           the suite's kills, 24 of them
-# Each makes its own .venv first. PYTHON=python3.12 picks another interpreter, for the first time.
+# Each makes its own .venv first. PYTHON=python3.12 picks another interpreter, for the first time. What was
+# stopped goes on where it stood when the same line is given again.
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -17,7 +18,7 @@ CONFIG := --config $(CURDIR)/configs/quickstart.yaml
 
 data: .venv/run-installed
 	mkdir -p $(RUN_DIR)
-	$(if $(DATA),,$(SCRIPT)/synthesize.py $(CONFIG))
+	$(if $(DATA),,$(SCRIPT)/tools/synthesize.py $(CONFIG))
 	$(SCRIPT)/masks.py $(CONFIG) $(if $(DATA),--input $(abspath $(DATA)))
 	$(SCRIPT)/split.py $(CONFIG)
 
@@ -27,16 +28,15 @@ run: data
 	$(SCRIPT)/evaluate.py $(CONFIG)
 	@echo "Look at $(RUN_DIR): dataset/processed/preview.png, contrastive.png, model.png, results/*.png"
 
-best: CONFIG := --config $(CURDIR)/configs/best.yaml
+best: CONFIG := --config $(CURDIR)/configs/cpu.yaml
 best: RUN_DIR := $(CURDIR)/runs/best
 best: data
-	$(SCRIPT)/finetune.py $(CONFIG) --init random --image-size 64 --epochs 20 --lr-strategy uniform \
-		--no-half-weights --out small.pt --resume
-	$(SCRIPT)/finetune.py $(CONFIG) --resume
+	$(SCRIPT)/pretrain.py $(CONFIG) --resume
+	$(SCRIPT)/finetune.py $(CONFIG) --multitask --lr-strategy differentiated --init contrastive.pt --resume
 	$(SCRIPT)/evaluate.py
 
 table: data
-	$(SCRIPT)/table.py $(FLAGS)
+	$(SCRIPT)/tools/table.py $(FLAGS)
 
 test: .venv/test-installed
 	$(BIN)/python -m pytest -q tests
