@@ -7,413 +7,416 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics as sk
 
-from common import GROUP_NAMES, parse_name
+import evaluate
+from common import MultitaskResNet18, Scores, save_checkpoint, set_seed
 from conftest import noise_pairs
 from evaluate import (
-    bootstrap,
     calibration_error,
-    compare,
-    compute_metrics,
-    group_by_configuration,
-    interval,
+    effective_faces,
+    gap_p_value,
+    measure_calibration,
     rates,
     read_split_table,
     resample,
-    score_subgroups,
+    score,
+    wilson,
 )
-from finetune import fit_temperature
+from utkface import GROUP_NAMES, pixel_hash, read_image
 
-FAST = [
-    "--image-size",
-    32,
-    "--batch-size",
-    16,
-    "--workers",
-    0,
-    "--device",
-    "cpu",
-    "--init",
-    "random",
-    "--epochs",
-    1,
-]
+PNGS = ("confusion_matrix", "mistakes", "reliability", "subgroups")
+CPU = ["--device", "cpu", "--workers", 0]
 
 
-def random_scores(groups, seed=0):
-    """Probabilities (N, 6) that favour the true group, for random true groups among `groups`."""
-    rng = np.random.default_rng(seed)
+# ------------------------------------------------------------------------------------------------------------
+# Metrics and intervals
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4, 5], [0, 2, 3, 5], [3]])
+def test_metrics_equal_scikit_learn_on_the_faces_drawn(groups):
+    """Under any weights, with ties, with classes that are absent, and with one that is never predicted."""
+    rng = np.random.default_rng(0)
     truth = rng.choice(groups, size=300)
     scores = rng.normal(size=(300, 6)) + 1.2 * np.eye(6)[truth]
-    return np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True), truth
-
-
-@pytest.mark.parametrize(
-    "groups, never", [([0, 1, 2, 3, 4, 5], None), ([0, 1, 2, 3, 5], None), ([0, 2, 3, 4, 5], 3)]
-)
-def test_metrics_equal_scikit_learn(groups, never):
-    probabilities, truth = random_scores(groups)
-    if never is not None:  # a class that is never predicted
-        probabilities[:, never] *= 1e-6
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    predicted = probabilities.argmax(axis=1)
-    in_truth, in_either = np.unique(truth), np.unique([*truth, *predicted])
-    found = compute_metrics(torch.from_numpy(probabilities), torch.from_numpy(truth))
-    one_hot = np.eye(6)[truth]
-    average = {"labels": in_either, "average": "macro", "zero_division": 0}
-    expected = {
-        "accuracy": sk.accuracy_score(truth, predicted),
-        "balanced_accuracy": sk.recall_score(truth, predicted, labels=in_truth, average="macro"),
-        "f1_macro": sk.f1_score(truth, predicted, **average),
-        "precision_macro": sk.precision_score(truth, predicted, **average),
-        "auc_macro_ovr": np.mean([sk.roc_auc_score(one_hot[:, g], probabilities[:, g]) for g in in_truth]),
-        "ap_macro": np.mean(
-            [sk.average_precision_score(one_hot[:, g], probabilities[:, g]) for g in in_truth]
-        ),
-        "within_one_group": np.mean(np.abs(predicted - truth) <= 1),
-    }
-    assert found == pytest.approx(expected, abs=1e-6)
+    probabilities = (np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)).round(1)
+    probabilities[:, 5] *= 1e-6
+    per_face = {"mask_iou": rng.random(300), "mae_years": rng.random(300)}
+    weights = np.stack([np.ones(300, int), *rng.integers(3, size=(3, 300))])
+    found = score(probabilities, truth, weights, per_face)
+    for i, row in enumerate(weights):
+        p, t = np.repeat(probabilities, row, axis=0), np.repeat(truth, row)
+        predicted, one_hot, present = p.argmax(axis=1), np.eye(6)[t], np.unique(t)
+        average = {"labels": np.union1d(t, predicted), "average": "macro", "zero_division": 0}
+        areas = [np.nan]
+        if len(present) > 1:
+            areas = [sk.roc_auc_score(one_hot[:, g], p[:, g]) for g in present]
+        expected = {
+            "accuracy": sk.accuracy_score(t, predicted),
+            "balanced_accuracy": sk.recall_score(t, predicted, labels=present, average="macro"),
+            "f1_macro": sk.f1_score(t, predicted, **average),
+            "precision_macro": sk.precision_score(t, predicted, **average),
+            "auc_macro_ovr": np.mean(areas),
+            "ap_macro": np.mean([sk.average_precision_score(one_hot[:, g], p[:, g]) for g in present]),
+            "within_one_group": np.mean(np.abs(predicted - t) <= 1),
+            **{name: np.repeat(values, row).mean() for name, values in per_face.items()},
+        }
+        assert {name: values[i] for name, values in found.items()} == pytest.approx(expected, nan_ok=True)
+    assert all(np.isnan(values[0]) for values in rates(truth, truth, np.zeros((1, 300))).values())
 
 
 def test_metrics_by_hand():
-    predicted, truth = [0, 0, 3, 3, 4], [0, 1, 3, 4, 4]
-    overlap = {"iou": torch.tensor([0.5, 1, 1, 1, 1]), "dice": torch.tensor([0.6, 1, 1, 1, 1])}
-    found = compute_metrics(torch.eye(6)[predicted], torch.tensor(truth), overlap)
-    assert found["accuracy"] == pytest.approx(3 / 5)
+    predicted, truth = [0, 0, 3, 3, 4], np.array([0, 1, 3, 4, 4])
+    found = score(np.eye(6)[predicted], truth, np.ones((1, 5)), {})
+    assert found["accuracy"] == pytest.approx(3 / 5) and found["within_one_group"] == 1
     assert found["balanced_accuracy"] == pytest.approx((1 + 0 + 1 + 1 / 2) / 4)
     assert found["precision_macro"] == pytest.approx((1 / 2 + 0 + 1 / 2 + 1) / 4)
     assert found["f1_macro"] == pytest.approx((2 / 3 + 0 + 2 / 3 + 2 / 3) / 4)
-    assert found["within_one_group"] == 1
-    assert (found["mask_iou"], found["mask_dice"]) == (pytest.approx(0.9), pytest.approx(0.92))
 
 
-def test_one_class_alone_has_no_auc():
-    found = compute_metrics(torch.eye(6)[[3, 3, 4]], torch.tensor([3, 3, 3]))
-    assert np.isnan(found["auc_macro_ovr"]) and found["balanced_accuracy"] == pytest.approx(2 / 3)
-
-
-def test_bootstrap_interval_covers_the_accuracy_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        truth = rng.integers(6, size=150)
-        wrong = rng.random(150) > 0.7
-        predicted = torch.from_numpy(np.where(wrong, (truth + 1) % 6, truth))
-        weights = resample(np.arange(150), 200, seed=trial)
-        draws = bootstrap(torch.eye(6)[predicted], torch.from_numpy(truth), weights)
-        low, high = interval(draws["accuracy"])
-        covered += low <= 0.7 <= high
-    assert 181 <= covered <= 198  # of 95 %, less the percentile interval's usual shortfall
-
-
-@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4, 5], [1, 3, 4], [3]])
-def test_bootstrap_equals_the_metrics_of_the_faces_drawn(groups):
-    """Weighted counts against torchmetrics on repeated faces, ties and absent classes too."""
-    probabilities, truth = random_scores(groups)
-    probabilities = torch.from_numpy(probabilities.round(1))
-    truth = torch.from_numpy(truth)
-    overlap = {"iou": torch.rand(300), "dice": torch.rand(300)}
-    weights = resample(np.arange(300) // 2, 4)
-    draws = bootstrap(probabilities, truth, weights, overlap)
-    for i, row in enumerate(weights):
-        index = torch.from_numpy(np.repeat(np.arange(300), row))
-        part = {name: values[index] for name, values in overlap.items()}
-        expected = compute_metrics(probabilities[index], truth[index], part)
-        assert {name: values[i] for name, values in draws.items()} == pytest.approx(
-            expected, abs=1e-6, nan_ok=True
-        )
+def test_wilson_equals_scipy_and_near_duplicates_count_once():
+    for right, count in ((0, 20), (7, 20), (118, 118), (1883, 1895)):
+        expected = stats.binomtest(right, count).proportion_ci(method="wilson")
+        assert wilson(right / count, count) == pytest.approx([expected.low, expected.high], abs=1e-6)
+    assert effective_faces(np.arange(50)) == 50
+    assert effective_faces(np.repeat(np.arange(50), 3)) == pytest.approx(50)
+    assert effective_faces(np.array([4, 4, 1, 2])) == pytest.approx(16 / 6)
 
 
 def test_bootstrap_draws_near_duplicates_together():
-    truth = torch.arange(40) % 6
-    predicted = torch.where(torch.arange(40) < 20, truth, (truth + 1) % 6)
-    two = resample((np.arange(40) >= 20).astype(int), 200)
-    assert interval(bootstrap(torch.eye(6)[predicted], truth, two)["accuracy"]) == [0, 1]
-    alone = interval(bootstrap(torch.eye(6)[predicted], truth, resample(np.arange(40), 200))["accuracy"])
-    assert 0.25 < alone[0] < alone[1] < 0.75
+    weights = resample(np.array([7, 3, 7, 5]), 300)
+    assert weights.shape == (300, 4) and (weights[:, 0] == weights[:, 2]).all()
+    assert (weights[:, [0, 1, 3]].sum(axis=1) == 3).all()  # as many clusters as there are
+    assert (weights[:, 0] != weights[:, 1]).any() and (weights == resample(np.array([7, 3, 7, 5]), 300)).all()
 
 
-def test_a_model_does_not_differ_from_itself():
-    probabilities, truth = (torch.from_numpy(values) for values in random_scores(range(6)))
-    weights = resample(np.arange(300), 300)
-    value, draws = compute_metrics(probabilities, truth), bootstrap(probabilities, truth, weights)
-    for name in value:
-        one = [(value[name], draws[name])]
-        assert compare(one, one) == (0, [0, 0])
-    other, _ = random_scores(range(6), seed=1)  # another seed: wrong on other faces
-    other = torch.from_numpy(other).roll(7, 0)
-    seeds = [(value["accuracy"], draws["accuracy"])]
-    seeds += [(compute_metrics(other, truth)["accuracy"], bootstrap(other, truth, weights)["accuracy"])]
-    difference, (low, high) = compare(seeds, seeds)
-    assert difference == 0 and low < 0 < high and high - low > 0.05
+def test_p_value_of_a_gap_is_the_permutation_test_of_scipy():
+    right, labels = np.array([1, 1, 1, 0, 1, 0, 0, 0, 0, 1]) > 0, np.repeat(["b", "a"], 5)
+    exact = stats.permutation_test(
+        (right[:5], right[5:]), lambda a, b, axis: abs(a.mean(axis=axis) - b.mean(axis=axis)),
+        vectorized=True, alternative="greater", n_resamples=np.inf,
+    )  # fmt: skip
+    assert gap_p_value(right, labels, np.arange(10)) == pytest.approx(exact.pvalue, abs=0.05)
+    many = gap_p_value(np.tile(right, 9), np.tile(labels, 9), np.arange(90))
+    as_one = gap_p_value(np.tile(right, 9), np.tile(labels, 9), np.tile(np.arange(10), 9))
+    assert many < 0.01 and as_one == pytest.approx(exact.pvalue, abs=0.05)  # copies add no evidence
 
 
-def test_paired_comparison_sees_what_two_intervals_would_not():
-    truth = torch.arange(600) % 6
-    worse = torch.where(torch.arange(600) % 10 < 3, (truth + 1) % 6, truth)  # 70 %
-    better = torch.where(torch.arange(600) % 60 == 0, truth, worse)  # ten of those mended
-    weights = resample(np.arange(600), 500)
-    runs = []
-    for predicted in (better, worse):
-        draws = bootstrap(torch.eye(6)[predicted], truth, weights)["accuracy"]
-        runs.append([((predicted == truth).double().mean().item(), draws)])
-    difference, (low, high) = compare(*runs)
-    assert difference == pytest.approx(10 / 600) and 0 < low < difference < high < 0.03
-    assert interval(runs[1][0][1])[1] > interval(runs[0][0][1])[0]  # alone, their intervals overlap
+def test_calibration_error_and_what_a_perfect_model_would_show():
+    confidence = np.repeat([0.9, 0.5], 4)  # half right at 0.9, and all right at 0.5: (0.4 + 0.5) / 2
+    assert calibration_error(confidence, np.array([1, 1, 0, 0, 1, 1, 1, 1])) == pytest.approx(0.45)
+    found = measure_calibration(np.array([0.5]), np.array([True]))
+    perfect = {"mean": pytest.approx(0.5), "range95": pytest.approx([0.5, 0.5])}
+    assert found == {"expected_calibration_error": 0.5, "calibration_error_if_perfect": perfect}
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.4, 1, 2000)
+    for factor, inside in ((1, True), (0.9, False)):
+        error, perfect = measure_calibration(confidence, rng.random(2000) < factor * confidence).values()
+        assert (perfect["range95"][0] <= error <= perfect["range95"][1]) == inside
+        assert 0.005 < perfect["range95"][0] < perfect["mean"] < perfect["range95"][1] < 0.05
 
 
-def test_split_table_tells_near_duplicates_and_leaks(tmp_path):
+def test_split_table_as_written_and_as_a_spreadsheet_saves_it(tmp_path, cli, refuse):
     clusters, leaked = read_split_table(tmp_path, ["a", "b"])
     assert clusters.tolist() == [0, 1] and not leaked.any()
-    (tmp_path / "split.csv").write_text(
-        "file,split,duplicate_of\na,test,\nb,test,\nc,test,a\nd,train,b\ne,train,\n"
-    )
-    clusters, leaked = read_split_table(tmp_path, ["a", "b", "c", "d"])
-    assert clusters.tolist() == [0, 1, 0, 1] and leaked.tolist() == [False, True, False, False]
+    text, path = "file,split,duplicate_of\na,test,\nb,test,\nc,test,a\nd,train,b\n", tmp_path / "split.csv"
+    for spelled in (text, "\ufeff" + text.replace(",", ";").replace("\n", "\r\n")):
+        path.write_text(spelled, newline="")
+        clusters, leaked = read_split_table(tmp_path, ["a", "b", "c", "d"])
+        assert clusters.tolist() == [0, 1, 0, 1] and leaked.tolist() == [False, True, False, False]
+    stems, model = noise_pairs(tmp_path / "test", [30] * 3), untrained(tmp_path / "model.pt")
+    for foreign in ("", text, text.replace("file,", "name,"), f"file,split\n{stems[0]}_image.png,test\n"):
+        path.write_text(foreign)
+        flags = ["--data", tmp_path, "--out", tmp_path / "r", *CPU]
+        refuse("evaluate", model, *flags, words=["split.csv", "run split.py again"])
 
 
-def test_rates_equal_scikit_learn_on_repeated_faces():
-    rng = np.random.default_rng(0)
-    predicted, truth, weights = (
-        rng.integers(6, size=60),
-        rng.integers(1, 5, 60),
-        rng.integers(3, size=(4, 60)),
-    )
-    found = rates(predicted, truth, weights)
-    for i, row in enumerate(weights):
-        p, t = np.repeat(predicted, row), np.repeat(truth, row)
-        assert found["accuracy"][i] == pytest.approx(sk.accuracy_score(t, p))
-        recall = sk.recall_score(t, p, labels=np.unique(t), average="macro")
-        assert found["balanced_accuracy"][i] == pytest.approx(recall)
-        assert found["within_one_group"][i] == pytest.approx(np.mean(np.abs(p - t) <= 1))
-    assert np.isnan(rates(predicted, truth, np.zeros((1, 60)))["accuracy"]).all()
+# ------------------------------------------------------------------------------------------------------------
+# Drawn answers of which everything is known
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_subgroups_by_hand():
-    """200 men, 9 in 10 right, and 120 women, 3 in 4; 10 of them Black girls, all others White adults."""
-    man, woman = ([parse_name(f"30_{gender}_0_1.jpg")] for gender in (0, 1))
-    faces = man * 200 + woman * 110 + [parse_name("30_1_1_1.jpg")] * 10
-    truth = np.repeat([3, 1], [310, 10])
-    predicted = np.r_[np.repeat([3, 5], [180, 20]), np.repeat([3, 4], [90, 20]), np.full(10, 2)]
-    rows, gaps = score_subgroups(predicted, truth, faces, resample(np.arange(320), 400))
-    rows = {row["subgroup"]: row for row in rows}
-    assert set(rows) >= {"Child", "Young Adult"} and len(rows) == 9
-    assert rows["Young Adult"]["accuracy"] == pytest.approx(270 / 310) and rows["Child"]["accuracy"] == 0
-    assert set(rows) >= {"male", "female", "White", "Black", "White, male", "White, female", "Black, female"}
-    assert (rows["male"]["n"], rows["male"]["accuracy"], rows["male"]["within_one_group"]) == (200, 0.9, 0.9)
-    assert (rows["female"]["accuracy"], rows["female"]["balanced_accuracy"]) == (0.75, 0.409091)
-    assert rows["Black"] | {"accuracy": 0, "within_one_group": 1, "small": 1, "n": 10} == rows["Black"]
-    assert not rows["White"]["small"] and 0.6 < rows["female"]["accuracy_low"] < 0.75
-    assert [gap[:3] for gap in gaps] == [
-        ("gender", "male", "female"),
-        ("race and gender", "White, male", "White, female"),
-    ]
-    assert gaps[0][3] == pytest.approx(0.15) and 0 < gaps[0][4][0] < 0.15 < gaps[0][4][1]
-
-
-def test_calibration_error_by_hand():
-    """Four predictions at 0.9, half of them right, and four at 0.5, all right: (0.4 + 0.5) / 2."""
-    probabilities = torch.full((8, 6), 0.02, dtype=torch.float64)
-    probabilities[:4, 0], probabilities[4:, 0] = 0.9, 0.5
-    assert calibration_error(probabilities, torch.tensor([0, 0, 1, 1, 0, 0, 0, 0])) == pytest.approx(0.45)
-
-
-def test_temperature_is_that_by_which_logits_are_too_sure():
-    torch.manual_seed(0)
-    logits = 2 * torch.randn(20000, 6)
-    groups = torch.distributions.Categorical(logits=logits).sample()
-    for factor in (0.5, 1, 3):
-        assert fit_temperature(factor * logits, groups) == pytest.approx(factor, rel=0.05)
-    assert fit_temperature(torch.eye(6), torch.arange(1, 7) % 6) == 20  # always wrong: as flat as allowed
-
-
-@pytest.fixture(scope="module")
-def model(drawn, tmp_path_factory):
-    import finetune
-    from common import run
-
-    out = tmp_path_factory.mktemp("model") / "model.pt"
-    flags = ["--data", drawn / "dataset/processed_split", "--out", out, "--multitask", *FAST]
-    run(finetune.main, finetune.get_parser(), list(map(str, flags)))
-    return out
-
-
-def test_writes_metrics_predictions_and_matrix(drawn, model, tmp_path, cli):
-    data = drawn / "dataset/processed_split"
-    code, out, err = cli("evaluate", model, "--data", data, "--out", tmp_path / "r", "--device", "cpu")
-    assert code == 0 and err == "" and "macro" in out and "mask IoU" in out
-    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
-        "confusion_matrix.png",
-        "metrics.json",
-        "mistakes.png",
-        "predictions.csv",
-        "reliability.png",
-        "subgroups.csv",
-        "subgroups.png",
-    ]
-    summary = json.loads((tmp_path / "r/metrics.json").read_text())
-    with open(tmp_path / "r/predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["file", "age", "true", "predicted", "p0", "p1", "p2", "p3", "p4", "p5"]
-    assert sorted(row["file"] for row in rows) == sorted(p.name for p in (data / "test").glob("*_image.png"))
-    assert summary["n"] == len(rows)
-    for row in rows:
-        probabilities = [float(row[f"p{group}"]) for group in range(6)]
-        assert sum(probabilities) == pytest.approx(1, abs=1e-4)
-        assert int(row["predicted"]) == int(np.argmax(probabilities))
-    accuracy = np.mean([row["true"] == row["predicted"] for row in rows])
-    assert summary["accuracy"]["value"] == pytest.approx(accuracy, abs=1e-6)
-    for name in ("accuracy", "balanced_accuracy", "f1_macro", "auc_macro_ovr", "mask_iou", "mask_dice"):
-        low, high = summary[name]["ci95"]
-        assert 0 <= low <= summary[name]["value"] <= high <= 1
-    for name in ("confusion_matrix", "subgroups", "reliability", "mistakes"):
-        assert cv2.imread(str(tmp_path / f"r/{name}.png")).shape[0] > 400
-    assert "* fewer than 100 faces" in out  # and so no gaps between subgroups
-    assert 0 <= summary["expected_calibration_error"] <= 1 and summary["temperature"] == 1
-    with open(tmp_path / "r/subgroups.csv", newline="") as file:
-        subgroups = list(csv.DictReader(file))
-    for by in ("age group", "gender", "race", "race and gender"):
-        assert sum(int(row["n"]) for row in subgroups if row["by"] == by) == len(rows)
-
-
-def test_warns_with_a_count_when_it_scores_what_was_trained_on(drawn, model, tmp_path, cli):
-    data = drawn / "dataset/processed_split"
-    _, _, err = cli("evaluate", model, "--data", data, "--split", "train", "--out", tmp_path / "r")
-    count = len(list((data / "train").glob("*_image.png")))
-    assert f"trained on {count} of these {count} faces" in err
-
-
-def test_absent_classes_are_named(drawn, model, tmp_path, cli):
-    noise_pairs(tmp_path / "d/test", [30] * 3 + [50] * 3)
-    code, out, _ = cli("evaluate", model, "--data", tmp_path / "d", "--out", tmp_path / "r")
-    absent = [name for name in GROUP_NAMES if name not in ("Young Adult", "Middle-aged")]
-    assert code == 0 and ", ".join(absent) in out
-    assert json.loads((tmp_path / "r/metrics.json").read_text())["absent_classes"] == absent
-
-
-def test_one_class_split_has_null_auc(drawn, model, tmp_path, cli):
-    noise_pairs(tmp_path / "d/test", [30] * 3)
-    assert cli("evaluate", model, "--data", tmp_path / "d", "--out", tmp_path / "r")[0] == 0
-    assert json.loads((tmp_path / "r/metrics.json").read_text())["auc_macro_ovr"]["value"] is None
-
-
-def test_bad_input(drawn, model, tmp_path, cli, refuse):
-    data = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "r"]
-    refuse("evaluate", tmp_path / "nowhere.pt", *data, words=["nowhere.pt"])
-    refuse("evaluate", model.with_suffix(".last.pt"), *data, words=["model.last checkpoint", "model one"])
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    refuse("evaluate", tmp_path / "text.pt", *data, words=["text.pt"])
-    refuse("evaluate", model, "--data", tmp_path, "--out", tmp_path / "r", words=["test"])
-    refuse("evaluate", model, *data, "--split", "exam", words=["--split"])
-    copy = tmp_path / "copy"
-    shutil.copytree(drawn / "dataset/processed_split/test", copy / "test")
-    next((copy / "test").glob("*_image.png")).write_text("no image")
-    refuse("evaluate", model, "--data", copy, "--out", tmp_path / "r", words=["_image.png", "readable"])
-    assert not (tmp_path / "r").exists()
-
-
-def variant(model, path, factor=1.0, **config):
-    """A copy of a model with other settings in its name plate, its head scaled by `factor`."""
-    checkpoint = torch.load(model, weights_only=True)
-    checkpoint["config"] |= config
-    checkpoint["weights"]["head.weight"] *= factor
-    path.parent.mkdir(exist_ok=True)
-    torch.save(checkpoint, path)
+def untrained(path, seed=0, **content):
+    """A checkpoint of a model with random weights, 32 px; content: what else it holds, or config's keys."""
+    set_seed(seed)
+    config = {"image_size": 32, "seed": seed, "multitask": True, "age_sigma": 2.0, "init": "random"}
+    config |= {"lr_strategy": "uniform", "data": "d", "lr": 1e-3}
+    held = {"train_hashes": torch.empty(0, dtype=torch.int64), "pretraining": {}}
+    held |= {key: content.pop(key) for key in list(content) if "hashes" in key or key == "pretraining"}
+    args = SimpleNamespace(**config | content)
+    weights = MultitaskResNet18(6, args.multitask, args.age_sigma > 0).state_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, "model", args, weights=weights, **held)
     return path
 
 
-def read_table(path, header):
-    """The rows of the Markdown table in a file whose first cell is `header`, as dicts."""
-    lines = [line.strip("| \n").split(" | ") for line in path.read_text().splitlines() if line[:1] == "|"]
-    start = next(i for i, line in enumerate(lines) if line[0] == header)
-    rows = []
-    for line in lines[start + 2 :]:
-        if len(line) != len(lines[start]) or line[0] == "Difference":
-            break
-        rows.append(dict(zip(lines[start], line)))
-    return rows
+RIGHT = {"White": (20, 20), "Black": (0, 20), "Asian": (100, 110), "Indian": (66, 110), "Others": (10, 20)}
 
 
-def test_many_models_are_grouped_by_configuration(drawn, model, tmp_path, cli):
-    runs = tmp_path / "runs"
-    paths = [variant(model, runs / f"a{seed}.pt", factor, seed=seed) for seed, factor in ((0, 1), (1, -1))]
-    paths += [variant(model, runs / "b.pt", 0.1, lr_strategy="differentiated")]
-    paths += [shutil.copy(model.with_suffix(".last.pt"), runs / "a0.last.pt")]
-    flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "r", "--device", "cpu"]
-    code, out, err = cli("evaluate", *paths, *flags)
-    assert code == 0 and err == "" and "skipped, being no finished models: a0.last.pt\n" in out
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["a0", "a1", "b", "table.md"]
-    assert len(list((tmp_path / "r/b").iterdir())) == 7
-    scores = [json.loads((tmp_path / f"r/{n}/metrics.json").read_text()) for n in ("a0", "a1", "b")]
-    table = read_table(tmp_path / "r/table.md", "LR strategy")
-    assert [(row["LR strategy"], row["Seeds"]) for row in table] == [
-        ("uniform", "0, 1"),
-        ("differentiated", "0"),
-    ]
-    assert list(table[0])[:4] == ["LR strategy", "Task", "Pretrained weights", "Accuracy"]
-    assert table[0]["Task"] == "multitask" and table[0]["Pretrained weights"] == "random"
-    for column, name in (("Accuracy", "accuracy"), ("Mask IoU", "mask_iou"), ("AP", "ap_macro")):
-        values = [100 * score[name]["value"] for score in scores]
-        low, high = (100 * end for end in scores[2][name]["ci95"])
-        assert table[0][column] == f"{np.mean(values[:2]):.1f} ± {np.std(values[:2], ddof=1):.1f}"
-        assert table[1][column] == f"{values[2]:.1f} [{low:.1f}, {high:.1f}]"
-    (difference,) = read_table(tmp_path / "r/table.md", "Difference")
-    assert difference["Difference"] == "differentiated − uniform"
-    means = np.array([score["accuracy"]["value"] for score in scores])
-    assert difference["Accuracy"].split()[0] == f"{100 * (means[2] - means[:2].mean()):+.1f}"
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """280 faces of 30 years, of UTKFace's races 0 to 4, and which of them a model gets right: see `RIGHT`."""
+    data, stems, right = tmp_path_factory.mktemp("known"), [], []
+    rng = np.random.default_rng(0)
+    (data / "test").mkdir()
+    for race, (hits, count) in enumerate(RIGHT.values()):
+        for i in range(count):
+            stems.append(f"30_{i % 2}_{race}_{1000 * race + i}")
+            right.append(i < hits)
+            for kind, shape in (("image", (16, 16, 3)), ("mask", (16, 16))):
+                picture = rng.integers(0, 256, shape, np.uint8)
+                cv2.imwrite(str(data / f"test/{stems[-1]}_{kind}.png"), picture)
+    return SimpleNamespace(data=data, right=dict(zip(stems, right)))
 
 
-def test_models_of_one_name_and_other_settings(drawn, model, tmp_path, cli, refuse):
-    flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "r"]
-    paths = [variant(model, tmp_path / name / "model.pt", epochs=n) for n, name in ((1, "x"), (2, "y"))]
-    assert cli("evaluate", *paths, *flags)[0] == 0
-    table = read_table(tmp_path / "r/table.md", "LR strategy")
-    assert [row["Other settings"] for row in table] == ["epochs 1", "epochs 2"]
-    (difference,) = read_table(tmp_path / "r/table.md", "Difference")
-    assert difference["Accuracy"] == "+0.0 [+0.0, +0.0]"  # the same weights
-    assert (tmp_path / "r/x/model/metrics.json").is_file() and (tmp_path / "r/y/model").is_dir()
-    older = torch.load(paths[1], weights_only=True)
-    del older["config"]["mixup"]
-    newer = torch.load(paths[1], weights_only=True)
-    for pair, settings in (
-        ([newer, older], ["mixup 0", "mixup unset"]),
-        ([older | {"pretraining": {"init": init}} for init in "ab"], [f"pretraining init {i}" for i in "ab"]),
+@pytest.fixture
+def scores(known, monkeypatch):
+    """Has evaluate.py's models answer what is known; returns the confidence of each stem."""
+    confidence = {stem: 0.51 + 0.001 * i for i, stem in enumerate(known.right)}
+
+    def answer(model, dataset, device, dtype):
+        stems = [face.stem for face in dataset.faces]
+        assert len(dataset.images) == len(dataset.masks) == len(stems)
+        right = torch.tensor([known.right[stem] for stem in stems])
+        wrong = torch.tensor(
+            [5 if "_1_1" in stem or "_0_1" in stem else 4 for stem in stems]
+        )  # Black: two off
+        chances = torch.full((len(stems), 6), 1e-9)
+        guessed = torch.where(right, 3, wrong)
+        sure = torch.tensor([confidence[stem] for stem in stems])
+        chances[torch.arange(len(stems)), guessed] = sure
+        chances[torch.arange(len(stems)), (guessed + 1) % 3] = 1 - sure
+        years = torch.where(right, 33.0, 38.5)
+        full = (len(stems),)
+        return Scores(chances.log(), years, torch.full(full, 0.5).double(), torch.full(full, 0.75).double())
+
+    monkeypatch.setattr(evaluate, "score_dataset", answer)
+    return confidence
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leaves out what takes most of the time."""
+    for name in PNGS:
+        monkeypatch.setattr(evaluate, f"plot_{name}", lambda *_: None)
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, cli, monkeypatch):
+    drawn = []
+    real = evaluate.read_image
+    monkeypatch.setattr(evaluate, "read_image", lambda path: drawn.append(path.name) or real(path))
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: evaluate.plt.close(figure))
+    model = untrained(tmp_path / "m.pt")
+    code, out, err = cli("evaluate", model, "--data", known.data, "--out", tmp_path / "r", *CPU)
+    assert (code, err) == (0, "")
+    rows = {row["subgroup"]: row for row in read_csv(tmp_path / "r/subgroups.csv")}
+    for race, (hits, count) in RIGHT.items():
+        row = {key: float(rows[race][key]) for key in list(rows[race])[2:]}
+        assert (row["n"], row["small"], row["accuracy"]) == (count, count < 100, pytest.approx(hits / count))
+        assert row["balanced_accuracy"] == row["accuracy"]  # they are of one age group
+        expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
+        for metric in ("accuracy", "balanced_accuracy"):
+            ends = row[f"{metric}_low"], row[f"{metric}_high"]
+            assert ends == pytest.approx((expected.low, expected.high), abs=1e-5)
+        assert row["within_one_group"] == (race != "Black") and row["p_no_gap"] < 0.01
+    right = [known.right[stem] for stem in known.right]
+    for gender in (0, 1):
+        own = [hit for stem, hit in known.right.items() if stem.split("_")[1] == str(gender)]
+        assert float(rows[("male", "female")[gender]]["accuracy"]) == pytest.approx(np.mean(own), abs=1e-6)
+    assert (int(rows["Asian, female"]["n"]), float(rows["Indian, male"]["accuracy"])) == (55, 0.6)
+    assert "by race: Asian above Indian by 30.9 points of accuracy (p = 0.00" in out
+    assert "by gender: at most 0.0 points of accuracy apart, no more than chance may give (p = 1.000)" in out
+
+    summary = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert summary["accuracy"]["value"] == pytest.approx(np.mean(right), abs=1e-6)
+    expected = stats.binomtest(sum(right), 280).proportion_ci(method="wilson")
+    assert summary["accuracy"]["ci95"] == pytest.approx([expected.low, expected.high], abs=1e-5)
+    assert (summary["mask_iou"]["value"], summary["mask_dice"]["value"]) == (0.5, 0.75)
+    off = np.where(right, 3, 8.5)
+    assert summary["mae_years"]["value"] == pytest.approx(off.mean(), abs=1e-6)
+    assert summary["mae_years"]["ci95"][0] < off.mean() < summary["mae_years"]["ci95"][1] < off.mean() + 0.5
+    assert summary["within_five_years"] == {**summary["accuracy"]}  # those that are right are 3 years off
+    assert f"{'mean absolute error in years':34}{off.mean():7.2f}  [" in out
+    assert summary["widest_gaps"][1]["difference"] == pytest.approx(100 / 110 - 0.6, abs=1e-6)
+    assert summary["effective_n"] == summary["n"] == 280
+    floor = summary["calibration_error_if_perfect"]
+    assert f"perfectly calibrated: {floor['mean']:.2%}" in out
+    assert floor["range95"][1] < summary["expected_calibration_error"] > 0.1  # it grows surer, and not better
+
+    rows = {row["file"]: row for row in read_csv(tmp_path / "r/predictions.csv")}
+    assert list(next(iter(rows.values())))[:5] == ["file", "age", "true", "predicted", "predicted_age"]
+    for stem, hit in known.right.items():
+        row = rows[f"{stem}_image.png"]
+        assert (row["predicted"] == row["true"]) == hit and row["predicted_age"] == (
+            "33.0" if hit else "38.5"
+        )
+        assert float(row[f"p{row['predicted']}"]) == pytest.approx(scores[stem], abs=1e-5)
+    wrong = sorted((stem for stem, hit in known.right.items() if not hit), key=scores.get, reverse=True)
+    assert drawn == [f"{stem}_image.png" for stem in wrong[:40]]
+
+
+def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(known, scores, tmp_path, cli, no_figures):
+    data = shutil.copytree(known.data, tmp_path / "d")
+    stems = list(known.right)
+    lines = [f"{stem}_image.png,test,{stems[i // 10 * 10]}_image.png" for i, stem in enumerate(stems)]
+    lines += [
+        f"other{i}_image.png,train,{stems[i]}_image.png" for i in (0, 30)
+    ]  # 20 faces lie in their groups
+    (data / "split.csv").write_text("\n".join(["file,split,duplicate_of", *lines]) + "\n")
+    code, out, _ = cli(
+        "evaluate", untrained(tmp_path / "m.pt"), "--data", data, "--out", tmp_path / "r", *CPU
+    )
+    summary = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert code == 0 and summary["effective_n"] == 28
+    low, high = summary["accuracy"]["ci95"]
+    assert (low, high) == pytest.approx(wilson(summary["accuracy"]["value"], 28), abs=1e-5)
+    low, high = summary["mae_years"]["ci95"]
+    assert high - low > 1.5  # 0.6 of single faces
+    right = np.array([known.right[stem] for stem in stems])
+    leaked = np.isin(np.arange(280) // 10, [0, 3])
+    leaks = summary["near_duplicates_in_train"]
+    assert leaks == {
+        "n": 20,
+        "accuracy": pytest.approx(right[leaked].mean()),
+        "accuracy_of_the_rest": pytest.approx(right[~leaked].mean()),
+    }
+    rest = leaks["accuracy_of_the_rest"]
+    assert f"20 faces have a near-duplicate in train: accuracy 50.00% on them, {rest:.2%} on the rest" in out
+
+
+def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_path, cli, refuse, no_figures):
+    data = shutil.copytree(known.data, tmp_path / "d")
+    stems = sorted(known.right)
+    hashes = torch.tensor([pixel_hash(read_image(data / f"test/{s}_image.png")) for s in stems])
+    model = untrained(tmp_path / "m.pt", train_hashes=hashes[:5], val_hashes=hashes[3:12])
+    lines = [f"{stem}_image.png,test," for stem in stems]
+    lines[20] += (
+        f"{stems[4]}_image.png"  # near-duplicates of one learned from and of one that chose the epoch
+    )
+    lines[21] += f"{stems[11]}_image.png"
+    (data / "split.csv").write_text("\n".join(["file,split,duplicate_of", *lines]) + "\n")
+    flags = [model, "--data", data, "--out", tmp_path / "r", *CPU]
+    code, _, err = cli("evaluate", *flags)
+    summary = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert code == 0 and "was trained on 5 of these 280 faces" in err
+    assert "had its epoch chosen by 7 of these 280 faces" in err
+    assert (summary["seen_in_training"], summary["chose_the_epoch"], summary["n"]) == (5, 7, 280)
+
+    code, out, err = cli("evaluate", *flags, "--unseen")
+    assert (code, err) == (0, "") and "266 of 280 faces" in out
+    kept = [row["file"] for row in read_csv(tmp_path / "r/predictions.csv")]
+    assert sorted(kept) == sorted(
+        f"{stem}_image.png" for i, stem in enumerate(stems) if 12 <= i not in (20, 21)
+    )
+    summary = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert (summary["left_out_by_unseen"], summary["seen_in_training"], summary["n"]) == (14, 0, 266)
+    untrained(model, train_hashes=hashes)
+    refuse("evaluate", *flags, "--unseen", words=["--unseen", "0 of 280 faces"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_a_trained_model_and_knows_what_its_backbone_was_pretrained_on(drawn, tmp_path, cli):
+    noise_pairs(tmp_path / "noise/train", [30] * 16)
+    small = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, *CPU]
+    contrastive, model, data = tmp_path / "c.pt", tmp_path / "m.pt", drawn / "dataset/processed_split"
+    assert cli("pretrain", "--data", tmp_path / "noise", "--out", contrastive, *small)[0] == 0
+    flags = ["--data", data, "--init", contrastive, "--out", model, "--multitask", *small]
+    assert cli("finetune", *flags)[0] == 0
+    for folder, split, words in (
+        (tmp_path / "noise", "train", "was trained on 16 of these 16 faces"),
+        (data, "val", "had its epoch chosen by"),
     ):
-        rows = group_by_configuration([SimpleNamespace(checkpoint=checkpoint) for checkpoint in pair])[0]
-        assert [columns["Other settings"] for columns, _ in rows] == settings
-    code, _, err = cli("evaluate", *[shutil.copy(model, path) for path in paths], *flags)
-    assert code == 0 and err.startswith("warning: taken for seeds of one configuration, two of them alike")
-    refuse("evaluate", *[model.with_suffix(".last.pt")] * 2, *flags, words=["model.last checkpoint"])
-    other = shutil.copy(model.with_suffix(".last.pt"), tmp_path / "other.last.pt")
-    refuse("evaluate", model.with_suffix(".last.pt"), other, *flags, words=["none of the 2 files is a model"])
+        code, _, err = cli(
+            "evaluate", model, "--data", folder, "--split", split, "--out", tmp_path / "r", *CPU
+        )
+        assert code == 0 and words in err
+    code, out, err = cli("evaluate", model, "--data", data, "--out", tmp_path / "r", *CPU)
+    assert (code, err) == (0, "") and "* fewer than 100 faces" in out
+    files = {f"{name}.png" for name in PNGS} | {"metrics.json", "predictions.csv", "subgroups.csv"}
+    assert {path.name for path in (tmp_path / "r").iterdir()} == files
+    summary = json.loads((tmp_path / "r/metrics.json").read_text())
+    rows = read_csv(tmp_path / "r/predictions.csv")
+    assert sorted(row["file"] for row in rows) == sorted(p.name for p in (data / "test").glob("*_image.png"))
+    for row in rows:
+        probabilities = [float(row[f"p{group}"]) for group in range(6)]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-4) and 0 <= float(row["predicted_age"]) <= 100
+        assert int(row["predicted"]) == int(np.argmax(probabilities))
+    accuracy = np.mean([row["true"] == row["predicted"] for row in rows])
+    assert summary["accuracy"]["value"] == pytest.approx(accuracy, abs=1e-6) and summary["n"] == len(rows)
+    for name in (
+        "accuracy",
+        "balanced_accuracy",
+        "f1_macro",
+        "auc_macro_ovr",
+        "mask_iou",
+        "within_five_years",
+    ):
+        low, high = summary[name]["ci95"]
+        assert 0 <= low <= summary[name]["value"] <= high <= 1
+    subgroups = read_csv(tmp_path / "r/subgroups.csv")
+    for by in ("age group", "gender", "race", "race and gender"):
+        assert sum(int(row["n"]) for row in subgroups if row["by"] == by) == len(rows)
+    for name in PNGS:
+        assert cv2.imread(str(tmp_path / f"r/{name}.png")).shape[0] > 400
 
 
-def test_temperature_scaling_is_off_unless_asked_for(drawn, model, tmp_path, cli, refuse):
-    flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "r"]
-    found = []
-    for more in ([], ["--temperature-scaling"]):
-        assert cli("evaluate", model, *flags, *more)[0] == 0
-        with open(tmp_path / "r/predictions.csv", newline="") as file:
-            rows = [[float(row[f"p{group}"]) for group in range(6)] for row in csv.DictReader(file)]
+def test_absent_classes_are_named_and_a_model_of_groups_tells_no_age(tmp_path, cli, no_figures):
+    model = untrained(tmp_path / "m.pt", multitask=False, age_sigma=0)
+    for ages, auc in (([30] * 3 + [50] * 3, True), ([30] * 3, False)):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        noise_pairs(tmp_path / "d/test", ages)
+        code, out, _ = cli("evaluate", model, "--data", tmp_path / "d", "--out", tmp_path / "r", *CPU)
         summary = json.loads((tmp_path / "r/metrics.json").read_text())
-        found.append((torch.tensor(rows).double(), summary["temperature"]))
-    temperature = torch.load(model, weights_only=True)["val"]["val_temperature"]
-    assert found[0][1] == 1 and found[1][1] == temperature != 1
-    scaled = (found[0][0].log() / temperature).softmax(dim=1)
-    assert torch.allclose(scaled, found[1][0], atol=1e-3)
-    checkpoint = torch.load(model, weights_only=True)
-    del checkpoint["val"]["val_temperature"]
-    torch.save(checkpoint, tmp_path / "old.pt")
-    refuse("evaluate", tmp_path / "old.pt", *flags, "--temperature-scaling", words=["old.pt", "temperature"])
+        absent = [
+            name for name in GROUP_NAMES if not (name == "Young Adult" or (auc and name == "Middle-aged"))
+        ]
+        assert code == 0 and summary["absent_classes"] == absent and ", ".join(absent) in out
+        assert (summary["auc_macro_ovr"]["value"] is not None) == auc
+    assert "mae_years" not in summary and "mask_iou" not in summary
+    assert "predicted_age" not in read_csv(tmp_path / "r/predictions.csv")[0]
 
 
-def test_says_what_a_random_split_leaks(drawn, model, tmp_path, cli):
-    data = tmp_path / "d"
-    stems = noise_pairs(data / "test", [30] * 6)
-    lines = ["file,split,duplicate_of", *(f"{stem}_image.png,test," for stem in stems)]
-    lines += [f"other{i}_image.png,train,{stems[i]}_image.png" for i in range(2)]
-    (data / "split.csv").write_text("\n".join(lines) + "\n")
-    code, out, _ = cli("evaluate", model, "--data", data, "--out", tmp_path / "r")
-    leaks = json.loads((tmp_path / "r/metrics.json").read_text())["near_duplicates_in_train"]
-    assert code == 0 and leaks["n"] == 2 and "2 faces have a near-duplicate in train" in out
+def test_several_models_get_a_folder_each_and_one_that_is_damaged_stops_no_other(tmp_path, cli, no_figures):
+    noise_pairs(tmp_path / "d/test", [30] * 4)
+    names = ["x/run.v1", "x/run.v2", "x/a.b.pt", "y/a.b.pt"]
+    paths = [untrained(tmp_path / name, seed) for seed, name in enumerate(names)]
+    (tmp_path / "x/bad.pt").write_text("no checkpoint")
+    paths.insert(1, tmp_path / "x/bad.pt")
+    flags = ["--data", tmp_path / "d", "--out", tmp_path / "r", *CPU]
+    code, out, err = cli("evaluate", *paths, paths[0], *flags)
+    assert code == 1 and err.count("\n") == 1 and err.startswith("evaluate.py: error: ") and "bad.pt" in err
+    assert [line.split(": accuracy")[0] for line in out.splitlines()[:-1]] == [
+        str(tmp_path / name) for name in names
+    ]
+    assert "4 models, 1 failed" in out.splitlines()[-1] and "tools/table.py" in out.splitlines()[-1]
+    found = [path.parent.relative_to(tmp_path / "r") for path in (tmp_path / "r").rglob("metrics.json")]
+    assert sorted(map(str, found)) == ["x/a.b", "x/run.v1", "x/run.v2", "y/a.b"]
+    for name, folder in zip(names, ("x/run.v1", "x/run.v2", "x/a.b", "y/a.b")):
+        summary = json.loads((tmp_path / f"r/{folder}/metrics.json").read_text())
+        assert summary["checkpoint"] == str(tmp_path / name)
+
+
+def test_bad_input(tmp_path, cli, refuse):
+    noise_pairs(tmp_path / "d/test", [30] * 4)
+    model, data = untrained(tmp_path / "m.pt"), ["--data", tmp_path / "d", "--out", tmp_path / "r"]
+    refuse("evaluate", tmp_path / "nowhere.pt", *data, words=["nowhere.pt"])
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    refuse("evaluate", tmp_path / "text.pt", *data, words=["text.pt"])
+    refuse("evaluate", model, "--data", tmp_path, "--out", tmp_path / "r", words=["test"])
+    refuse("evaluate", model, model.with_name("n.pt"), "--data", tmp_path, *CPU, words=["test"])
+    refuse("evaluate", model, *data, "--split", "exam", words=["--split"])
+    refuse("evaluate", model, *data, "--temperature-scaling", words=["--temperature-scaling"])
+    next((tmp_path / "d/test").glob("*_image.png")).write_text("no image")
+    refuse("evaluate", model, *data, words=["_image.png", "readable"])
+    assert not (tmp_path / "r").exists()

@@ -201,8 +201,8 @@ def compare(first, second):
     fewer than three seeds a side the interval is the paired bootstrap's over faces, for these trained models
     only. With three or more it is Student's t, for other seeds and other faces. The variance of two crossed
     factors (Cameron et al. 2011): s²/S over the seeds of each side, plus the bootstrap's over faces, less
-    what is in both, the part of the faces' variance that seeds do not share. Degrees of freedom after Welch
-    and Satterthwaite, the faces' part taken as known.
+    what is in both, the part of the faces' variance that seeds do not share; never below the
+    faces' own. Degrees of freedom after Welch and Satterthwaite, the faces' part taken as known.
     """
     values = [np.array([value for value, _ in runs]) for runs in (first, second)]
     draws = [np.stack([drawn for _, drawn in runs]) for runs in (first, second)]  # S×R each
@@ -210,9 +210,9 @@ def compare(first, second):
     drawn = draws[0].mean(axis=0) - draws[1].mean(axis=0)  # R
     if min(map(len, values)) < 3 or np.isnan(difference):
         return difference, interval(drawn), False
-    over_seeds = [v.var(ddof=1) / len(v) for v in values]
+    over_seeds, over_faces = [v.var(ddof=1) / len(v) for v in values], np.nanvar(drawn)
     in_both = sum(np.nanmean((d - v[:, None]).var(axis=0, ddof=1)) / len(v) for v, d in zip(values, draws))
-    variance = sum(over_seeds) + max(np.nanvar(drawn) - in_both, 0)
+    variance = max(sum(over_seeds) + over_faces - in_both, over_faces)
     spread = sum(part**2 / (len(v) - 1) for part, v in zip(over_seeds, values))
     half = stats.t.ppf(0.975, variance**2 / max(spread, 1e-300)) * variance**0.5 if variance else 0.0
     return difference, [difference - half, difference + half], True
