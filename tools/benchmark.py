@@ -230,7 +230,8 @@ def main(args):
     with tempfile.TemporaryDirectory() as scratch:
         raw, pairs = Path(scratch, "raw"), Path(scratch, "pairs")
         gather_faces(raw, args)
-        call("masks", "--input", raw, "--output", pairs, "--workers", args.workers)
+        if args.only != ["growth"]:
+            call("masks", "--input", raw, "--output", pairs, "--workers", args.workers)
         print_row("part", "what", "figure", "beside")
         print_row("---", "---", "---", "---")
         for part in dict.fromkeys(args.only):
