@@ -438,7 +438,7 @@ def answer(data, loaded):
     if picture.reason:
         return f"<p>This picture cannot be used: {picture.reason}.</p>", []
     code = base64.b64encode(cv2.imencode(".jpg", np.asarray(draw_overlay(picture))[..., ::-1])[1]).decode()
-    shown = f'<img alt="faces" style="max-height:75vh" src="data:image/jpeg;base64,{code}">'
+    shown = f'<img alt="faces" style="max-height:75vh;max-width:100%" src="data:image/jpeg;base64,{code}">'
     return shown, [[label(p, age), *(f"{chance:.1%}" for chance in p)] for _, p, age, _ in picture.faces]
 
 
