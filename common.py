@@ -391,7 +391,8 @@ def group_logits(logits: Tensor) -> Tensor:
 
 def expected_age(logits: Tensor) -> Tensor:
     """Logits of years (B, YEARS) → the expected age in years, float (B,)."""
-    return logits.softmax(dim=1) @ torch.arange(YEARS, device=logits.device, dtype=logits.dtype)
+    years = torch.arange(YEARS, device=logits.device, dtype=logits.dtype)
+    return (logits.softmax(dim=1) * years).sum(dim=1)  # as a product, OpenCV could not run it
 
 
 def soft_age_labels(ages: Tensor, sigma: float) -> Tensor:
