@@ -344,8 +344,7 @@ def draw_overlay(picture):
     image = read_picture(picture.path)  # decoded again: a chunk of photographs would fill the memory
     scale = max(1, -(-360 // min(image.shape[:2])))
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    short = min(canvas.shape[:2])
-    line = max(2, round(short / 250))
+    line = max(2, round(min(canvas.shape[:2]) / 250))
     for crop, p, _, mask in picture.faces:
         if mask is None:
             continue
@@ -359,7 +358,7 @@ def draw_overlay(picture):
     for crop, p, age, _ in picture.faces:
         color, text = COLORS[p.argmax()], label(p, age)
         x, y, width, height = (value * scale for value in crop.box)
-        size = int(np.clip(width / 14, max(13, short / 60), canvas.shape[0] / 18))
+        size = int(np.clip(width / 14, max(13, 4 * line), canvas.shape[0] / 18))
         font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", size)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         pad = size // 2
@@ -549,11 +548,11 @@ def main(args):
     for path, write in ((args.csv, write_csv), (args.json, write_json)):
         if path:
             attempt(write, path, rows)
-    written = ", ".join(filter(None, (args.csv, args.json, args.overlay, args.masks)))
-    counts = f"{len(rows)} faces in {len(paths) - len(skipped)} pictures, {len(skipped)} skipped"
-    print(counts + (f"; written: {written}" if written else ""))
-    sys.stderr.writelines(failed)
+    named = ", ".join(filter(None, (args.csv, args.json, args.overlay, args.masks)))
+    written = f"; written: {named}" if named else ""
+    print(f"{len(rows)} faces in {len(paths) - len(skipped)} pictures, {len(skipped)} skipped{written}")
     if failed:
+        sys.stderr.writelines(failed)
         sys.exit(1)
 
 
