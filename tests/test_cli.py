@@ -157,12 +157,11 @@ def test_exit_codes(capsys, happens, code, line):
 
 
 def test_letters_that_a_terminal_lacks_do_not_stop_a_run(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "split.py", "--input", "лицо"],
-        capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr.startswith(rb"split.py: error: \u043b\u0438\u0446\u043e is not a folder")
+    code = "from cli import *; run(lambda args: print(args.config), script_parser('split', 'test'))"
+    (tmp_path / "лицо.yaml").write_text("seed: 1")
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = python(code, "--config", "лицо.yaml", cwd=tmp_path, env=ascii_only)
+    assert done.returncode == 0 and done.stdout == b"\\u043b\\u0438\\u0446\\u043e.yaml\n", done.stderr
 
 
 # Files, whole or absent
