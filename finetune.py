@@ -33,6 +33,7 @@ from common import (
 )
 from training import (
     begin_training,
+    check_batch_size,
     finish_epoch,
     join_processes,
     leave_processes,
@@ -42,7 +43,7 @@ from training import (
     train_one_epoch,
     training_parser,
 )
-from utkface import GROUP_NAMES, split_settings
+from utkface import GROUP_NAMES, age_to_group, list_pairs, split_settings
 
 
 def multitask_losses(model, batch, args):
@@ -95,23 +96,26 @@ def get_parser():
 
 
 def main(args):
-    device = join_processes(args.device)
+    device, dtype = join_processes(args.device, args.precision)
     state = open_run(args, "model")
     split = split_settings(args.data)
     train, val = Path(args.data) / "train", Path(args.data) / "val"
-    options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
-    dataset = FaceDataset([train, val] if args.final else train, args.image_size, SUPERVISED_VIEW, **options)
-    val_dataset = None if args.final else FaceDataset(val, args.image_size, **options)
-    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), dataset.groups)
+    folders = [train, val] if args.final else [train]
+    faces = [face for folder in folders for face in list_pairs(folder, need_masks=args.multitask)]
+    check_batch_size(args.batch_size, len(faces))
+    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), age_to_group([face.age for face in faces]))
     if len(missing):
         names = ", ".join(GROUP_NAMES[group] for group in missing)
         raise UserError(f"{train} holds no face of {names}: add some and run split.py again")
 
+    options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
+    dataset = FaceDataset(folders, args.image_size, SUPERVISED_VIEW, **options)
+    val_dataset = None if args.final else FaceDataset(val, args.image_size, **options)
     set_seed(args.seed)
     model = make_model(vars(args))
     origin = None if state else init_backbone(model.backbone, args.init)
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
-    training = begin_training(args, "model", model, groups, dataset, device, state, origin)
+    training = begin_training(args, "model", model, groups, dataset, device, dtype, state, origin)
 
     for epoch in range(training.epoch, args.epochs):
         start = time.perf_counter()
@@ -143,15 +147,10 @@ def main(args):
             panels |= {"val accuracy": ["val_accuracy"]}
             panels |= {"val mask IoU": ["val_mask_iou"]} if args.multitask else {}
         plot_history(beside(args.out, ".png"), training.history, panels)
-        best = training.best
+        best, accuracy = training.best, training.best["figures"].get("val_accuracy")
         print(
             f"{args.out} written: epoch {best['epoch']} of {args.epochs} on {len(dataset)} faces at "
-            f"{args.image_size} px"
-            + (
-                ""
-                if args.final
-                else f", accuracy {best['figures']['val_accuracy']:.2%} on {len(val_dataset)} of val"
-            )
+            f"{args.image_size} px" + (f", accuracy on val {accuracy:.2%}" if val_dataset else "")
         )
     leave_processes()
 

@@ -33,6 +33,7 @@ from common import (
 )
 from training import (
     begin_training,
+    check_batch_size,
     finish_epoch,
     join_processes,
     leave_processes,
@@ -42,6 +43,7 @@ from training import (
     train_one_epoch,
     training_parser,
 )
+from utkface import list_pairs
 
 TEMPERATURES = {"rank": 2.0, "age": 0.07, "view": 0.07}
 
@@ -104,16 +106,18 @@ def get_parser():
 
 
 def main(args):
-    device = join_processes(args.device)
+    device, dtype = join_processes(args.device, args.precision)
     state = open_run(args, "contrastive")
     folders = [Path(args.data) / name for name in ("train", "val")[: 1 + args.final]]
+    check_batch_size(args.batch_size, sum(len(list_pairs(folder, need_masks=False)) for folder in folders))
+
     options = {"views": 2, "with_masks": False, "seed": args.seed, "workers": args.workers}
     dataset = FaceDataset(folders, args.image_size, CONTRASTIVE_VIEW, **options)
     set_seed(args.seed)
     model = ContrastiveResNet18(projects=args.positives != "rank")
     origin = None if state else init_backbone(model.backbone, args.init)
     groups = build_param_groups(model, args.lr, weight_decay=args.weight_decay)
-    training = begin_training(args, "contrastive", model, groups, dataset, device, state, origin)
+    training = begin_training(args, "contrastive", model, groups, dataset, device, dtype, state, origin)
 
     for epoch in range(training.epoch, args.epochs):
         start = time.perf_counter()

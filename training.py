@@ -81,19 +81,20 @@ def training_parser(script: str, description: str, **defaults) -> Parser:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def join_processes(device_name: str) -> torch.device:
-    """The device of this process; under torchrun, joins the others (NCCL on CUDA, else gloo).
+def join_processes(device_name: str, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
+    """This process's device and arithmetic; under torchrun, joins the others (NCCL on CUDA, else gloo).
 
     Only the first goes on printing.
     """
     device = choose_device(device_name)
+    dtype = choose_precision(precision, device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return device
+    return device, dtype
 
 
 def leave_processes():
@@ -338,7 +339,7 @@ def average_weights(model: nn.Module, decay: float, schedule: LambdaLR) -> Avera
 
 def begin_training(
     args: argparse.Namespace, kind: str, model: nn.Module, groups: list[dict], dataset: FaceDataset,
-    device: torch.device, state: dict | None, origin: dict | None,
+    device: torch.device, dtype: torch.dtype, state: dict | None, origin: dict | None,
 ) -> Training:  # fmt: skip
     """A run at its beginning, from the `origin` of `init_backbone`, or where `open_run`'s `state` has it.
 
@@ -347,7 +348,6 @@ def begin_training(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
         torch.backends.cudnn.benchmark = True  # pays for pictures of one size
-    check_batch_size(args.batch_size, len(dataset))
     settings = {key: value for key, value in settings_of(args).items() if key not in ("data", "init")}
     check_ranks_agree(
         {
@@ -357,7 +357,7 @@ def begin_training(
         }
     )
     loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
-    network, dtype = distribute(model, device), choose_precision(args.precision, device)
+    network = distribute(model, device)
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = warmup_cosine(optimizer, args.epochs * len(loader))
     ema = vars(args).get("ema")

@@ -19,7 +19,6 @@ torch.set_num_threads(min(2, os.cpu_count()))
 
 from cli import TOOLS, run
 
-
 # Training at its smallest.
 FAST = ["--image-size", 32, "--batch-size", 16, "--workers", 0, "--device", "cpu"]
 

@@ -82,14 +82,15 @@ def measure_training(_, pairs: Path, args, device):
     dataset = common.FaceDataset(pairs, args.image_size, common.SUPERVISED_VIEW, workers=args.workers)
     model = common.make_model(vars(settings))
     groups = common.build_param_groups(model, settings.lr)
-    t = training.begin_training(settings, "model", model, groups, dataset, device, None, None)
+    dtype = common.choose_precision(args.precision, device)
+    t = training.begin_training(settings, "model", model, groups, dataset, device, dtype, None, None)
     compute_losses = partial(finetune.multitask_losses, args=settings)
     batch = training.to_device(next(iter(t.loader)), device)
 
     def bare_steps():
         model.train()
         for _ in range(len(t.loader)):
-            with common.autocast(device, t.dtype):
+            with common.autocast(device, dtype):
                 loss = compute_losses(model, batch)[0]
             loss.backward()
             t.optimizer.step()
