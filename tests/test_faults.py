@@ -329,6 +329,9 @@ def test_damaged_checkpoints_are_named(drawn, tmp_path, cli, refuse):
     ):
         torch.save(content | {key: value}, tmp_path / "bad.pt")
         refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["bad.pt is damaged"])
+    weights = content["weights"] | {"head.bias": content["weights"]["head.bias"] * float("nan")}
+    torch.save(content | {"weights": weights}, tmp_path / "bad.pt")
+    refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["infinite or NaN"])
     state = torch.load(tmp_path / "m.last.pt", weights_only=True)
     flags = [*data, *TRAINING, "--epochs", 1, "--out", good]
     damaged = [state | {"model": {"head.weight": torch.zeros(1)}}]
