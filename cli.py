@@ -278,7 +278,8 @@ def atomic_path(path: str | Path, sync: bool = False):
             yield path
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".tmp-{path.stem}-", suffix=path.suffix, dir=path.parent)
+        prefix = f".tmp-{path.stem[:100]}-"  # a long name must not become too long
+        handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
         os.close(handle)
         yield Path(temporary)
         os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's files are private

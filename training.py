@@ -12,6 +12,7 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +271,7 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
         raise UserError(f"--out {out} is a folder: name a file in it, such as {out / f'{kind}.pt'}")
     if not rank():
         for name in (out, last):  # of a run that was killed
-            for leftover in out.parent.glob(f".tmp-{name.stem}-????????{name.suffix}"):
+            for leftover in out.parent.glob(f".tmp-{escape(name.stem[:100])}-????????{name.suffix}"):
                 leftover.unlink(missing_ok=True)
     if args.overwrite:
         if args.resume:
