@@ -26,7 +26,7 @@ from common import load_checkpoint
 from conftest import FAST, ROOT, noise_pairs, script_path
 from utkface import decode_image
 
-KILLS = int(os.environ.get("KILLS", 2))  # of each training stage, half as many of the others
+KILLS = int(os.environ.get("KILLS", 1))  # of each training stage, half as many of the others
 TRAINING = [*FAST, "--init", "random"]
 
 
