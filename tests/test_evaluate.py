@@ -326,21 +326,22 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_a_trained_model_and_knows_what_its_backbone_was_pretrained_on(drawn, tmp_path, cli):
+def test_scores_a_trained_model_and_knows_what_its_backbone_was_pretrained_on(
+    drawn, tmp_path, cli, monkeypatch
+):
     noise_pairs(tmp_path / "noise/train", [30] * 16)
     small = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, *CPU]
     contrastive, model, data = tmp_path / "c.pt", tmp_path / "m.pt", drawn / "dataset/processed_split"
     assert cli("pretrain", "--data", tmp_path / "noise", "--out", contrastive, *small)[0] == 0
     flags = ["--data", data, "--init", contrastive, "--out", model, "--multitask", *small]
     assert cli("finetune", *flags)[0] == 0
-    for folder, split, words in (
-        (tmp_path / "noise", "train", "was trained on 16 of these 16 faces"),
-        (data, "val", "had its epoch chosen by"),
-    ):
-        code, _, err = cli(
-            "evaluate", model, "--data", folder, "--split", split, "--out", tmp_path / "r", *CPU
-        )
-        assert code == 0 and words in err
+    with monkeypatch.context() as quick:
+        quick.setattr(evaluate, "write_results", lambda *_: None)
+        flags = [model, "--data", tmp_path / "noise", "--split", "train", "--out", tmp_path / "r", *CPU]
+        code, _, err = cli("evaluate", *flags)
+        assert code == 0 and "was trained on 16 of these 16 faces" in err
+        code, _, err = cli("evaluate", model, "--data", data, "--split", "val", "--out", tmp_path / "r", *CPU)
+        assert code == 0 and "had its epoch chosen by" in err
     code, out, err = cli("evaluate", model, "--data", data, "--out", tmp_path / "r", *CPU)
     assert (code, err) == (0, "") and "* fewer than 100 faces" in out
     files = {f"{name}.png" for name in PNGS} | {"metrics.json", "predictions.csv", "subgroups.csv"}
