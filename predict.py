@@ -35,7 +35,7 @@ from torch import nn
 import cli
 import common
 from cli import UserError, atomic_path, progress, write_csv
-from common import autocast, choose_device, choose_precision, expected_age, group_logits, load_model
+from common import autocast, choose_device, choose_precision, group_logits, load_model, median_age
 from utkface import GROUP_NAMES, MIN_SIDE, central_square, decode_image, flatten, resize
 
 RELEASED = "weights/age_multitask.pt"
@@ -185,17 +185,17 @@ def load(checkpoint, detector=None, aligned=False, device="auto", precision="fp3
 
 
 def outputs(model, images):
-    """Probabilities of groups (B, 6), expected ages (B,) and mask probabilities (B, 1, H, W), or None for
+    """Probabilities of groups (B, 6), median ages (B,) and mask probabilities (B, 1, H, W), or None for
     what the model has not learned, of normalised images (B, 3, H, W)."""
     logits, masks = model(images, years=model.by_year)  # B×YEARS or B×6, B×1×H×W
     groups = group_logits(logits) if model.by_year else logits.float()  # B×6
-    ages = expected_age(logits.float()) if model.by_year else None
+    ages = median_age(logits) if model.by_year else None
     return groups.softmax(dim=1), ages, None if masks is None else masks.float().sigmoid()
 
 
 @torch.inference_mode()
 def score(loaded, squares, batch_size=256):
-    """Probabilities float (6,), expected age or None, mask float (1, S, S) or None of each of N crops, given
+    """Probabilities float (6,), median age or None, mask float (1, S, S) or None of each of N crops, given
     as a list of uint8 RGB (S, S, 3), S the model's image size."""
     scores = []
     for start in range(0, len(squares), batch_size):
