@@ -1,5 +1,6 @@
 """The whole chain as a user runs it: a process a stage, in an empty folder, defaults handing files on."""
 
+import ast
 import importlib
 import json
 import re
@@ -70,7 +71,9 @@ def test_arrows_run_downwards_only():
     floors = [["cli"], ["utkface"], ["common"], ["training"], [*STAGES], [*TOOLS]]
     level = {name: number for number, floor in enumerate(floors) for name in floor}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
-        used = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        tree = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        used = {node.module for node in tree if isinstance(node, ast.ImportFrom)}
+        used |= {name.name for node in tree if isinstance(node, ast.Import) for name in node.names}
         for name in used & level.keys():
             assert level[name] < level[path.stem], f"{path.stem} imports {name}"
     code = (
