@@ -326,7 +326,7 @@ def test_to_input():
         (lambda folder, stem: (folder / f"{stem}_image.png").write_text("no image"), "readable"),
         (
             lambda folder, stem: write_pair(
-                folder, stem, np.zeros((9, 9, 3), np.uint8), np.zeros((8, 8), np.uint8)
+                folder, stem, np.zeros((19, 19, 3), np.uint8), np.zeros((18, 18), np.uint8)
             ),
             "size",
         ),

@@ -369,6 +369,7 @@ def test_wrong_use_is_seen_before_any_work(drawn, tmp_path, refuse, monkeypatch)
     for module in ("pretrain", "finetune"):
         monkeypatch.setattr(f"{module}.FaceDataset", worked)
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "dir.pt").mkdir()
     data = ["--data", drawn / "dataset/processed_split"]
     for script in ("pretrain", "finetune"):
         out = ["--out", tmp_path / "o.pt"]
@@ -379,9 +380,9 @@ def test_wrong_use_is_seen_before_any_work(drawn, tmp_path, refuse, monkeypatch)
         ):  # fmt: skip
             refuse(script, *data, *TRAINING, *out, flag, value, words=[flag])
         refuse(script, *data, *TRAINING, "--out", tmp_path / "file/o.pt", words=["--out", "file"])
-        refuse(script, *data, *TRAINING, "--out", tmp_path, words=["--out", "is a folder"])
+        refuse(script, *data, *TRAINING, "--out", tmp_path / "dir.pt", words=["--out", "is a folder"])
     refuse("pretrain", *data, "--temperature", 0, words=["--temperature"])
     for script, flag in (("masks", "--output"), ("split", "--output"), ("synthesize", "--output")):
         refuse(script, flag, tmp_path / "file/x", words=[flag, "file"])
     refuse("evaluate", *data, "--out", tmp_path / "file/x", words=["--out", "file"])
-    assert os.listdir(tmp_path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["dir.pt", "file"]
