@@ -227,7 +227,7 @@ def half_face(folder, side=120):
 @pytest.mark.parametrize("view", [CONTRASTIVE_VIEW, SUPERVISED_VIEW])
 def test_image_and_mask_move_together(tmp_path, view):
     half_face(tmp_path)
-    dataset = FaceDataset(tmp_path, 64, view)
+    dataset = FaceDataset(tmp_path, 64, view | {"erase": 0})  # which would look like another half
     batch = dataset.__getitems__([(epoch, 0) for epoch in range(200)])
     batch = to_device(batch, CPU)
     assert batch["image"].shape == (200, 3, 64, 64) and batch["mask"].shape == (200, 1, 64, 64)

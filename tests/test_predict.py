@@ -227,19 +227,19 @@ def test_names_that_are_no_text_or_too_long(model, tmp_path, cli):
     """They stop nothing: all else is written, what failed is named, and the exit code is 1."""
     (tmp_path / "in").mkdir()
     face = Image.fromarray(np.full((32, 32, 3), 90, np.uint8))
-    for name in (b"caf\xe9.png", b"a.png", b"z.png", b"n" * 240 + b".png"):
+    for name in (b"caf\xe9.png", b"a.png", b"z.png", b"n" * 245 + b".png"):
         face.save(tmp_path / "in" / os.fsdecode(name))
     flags = ["--checkpoint", model, *ALIGNED, "--csv", "f.csv", "--json", "f.json"]
     code, out, err = cli("predict", "in", *flags, "--overlay", "o", "--masks", "m", cwd=tmp_path)
     failed = err.splitlines()
     assert code == 1 and failed and all(line.startswith("failed: ") and "nnnn" in line for line in failed)
     assert "4 faces in 4 pictures, 0 skipped" in out and r"in/caf\udce9.png" in out
-    names = ["in/a.png", r"in/caf\udce9.png", f"in/{'n' * 240}.png", "in/z.png"]
+    names = ["in/a.png", r"in/caf\udce9.png", f"in/{'n' * 245}.png", "in/z.png"]
     assert [row["file"] for row in read(tmp_path / "f.csv")] == names
     assert [face["file"] for face in json.loads((tmp_path / "f.json").read_text())] == names
     assert len(list((tmp_path / "m").iterdir())) == 3 and (tmp_path / "m/z.png_0_mask.png").exists()
     (tmp_path / "full").symlink_to("/dev/full")
-    (tmp_path / "in" / ("n" * 240 + ".png")).unlink()
+    (tmp_path / "in" / ("n" * 245 + ".png")).unlink()
     flags[-3] = "full"
     code, _, err = cli("predict", "in", *flags, cwd=tmp_path)
     assert code == 1 and "failed: full cannot be written" in err
