@@ -174,7 +174,8 @@ def whole_batch(batch: dict) -> dict:
 def start_worker(worker: int, give_way: bool):
     """Leaves signals to the main process; with `give_way` works only while the arithmetic leaves a core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Torch would report a worker that dies of a signal before the main process can say why it stops.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if give_way and hasattr(os, "nice"):
         os.nice(19)
 

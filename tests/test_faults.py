@@ -38,14 +38,18 @@ def run_until(event, script, *flags, cwd):
     return done.returncode, done.stdout
 
 
-def test_ctrl_c_reaches_the_workers_too(drawn, tmp_path):
+@pytest.mark.parametrize(
+    "name, code, line", [("SIGINT", 130, "stopped"), ("SIGTERM", 143, "stopped by SIGTERM")]
+)
+def test_a_signal_to_all_processes_ends_them_with_one_line(drawn, tmp_path, name, code, line):
+    """As Ctrl-C and `timeout` send it: to the main process and to its workers."""
     flags = ["--data", drawn / "dataset/processed_split", *TRAINING, "--out", "o.pt", "--workers", 2]
     command = [sys.executable, ROOT / "tests/kill_at.py", 9, ROOT / "finetune.py", *flags]
     process = subprocess.Popen(
         list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "KILL_GROUP_BY": "SIGINT"},
+        env={**os.environ, "KILL_GROUP_BY": name},
     )  # fmt: skip
-    assert process.communicate()[1] == "finetune.py: stopped\n" and process.returncode == 130
+    assert process.communicate()[1] == f"finetune.py: {line}\n" and process.returncode == code
     with pytest.raises(ProcessLookupError):  # nobody is left of it
         os.killpg(process.pid, 0)
 
