@@ -22,9 +22,10 @@ from evaluate import (
     read_split_table,
     resample,
     score,
+    score_subgroups,
     wilson,
 )
-from utkface import GROUP_NAMES, pixel_hash, read_image
+from utkface import GROUP_NAMES, Face, pixel_hash, read_image
 
 PNGS = ("confusion_matrix", "mistakes", "reliability", "subgroups")
 CPU = ["--device", "cpu", "--workers", 0]
@@ -102,6 +103,21 @@ def test_p_value_of_a_gap_is_the_permutation_test_of_scipy():
     many = gap_p_value(np.tile(right, 9), np.tile(labels, 9), np.arange(90))
     as_one = gap_p_value(np.tile(right, 9), np.tile(labels, 9), np.tile(np.arange(10), 9))
     assert many < 0.01 and as_one == pytest.approx(exact.pvalue, abs=0.05)  # copies add no evidence
+
+
+def test_a_gap_is_among_large_subgroups_alone():
+    """The forty who are always wrong are too few to be compared, so the two that are left are alike."""
+    faces = [Face(str(i), 30, 0, race) for i, race in enumerate([0] * 120 + [1] * 120 + [2] * 40)]
+    right = np.array([True, False] * 120 + [False] * 40)
+    groups = np.full(280, 3)
+    scored = SimpleNamespace(
+        faces=faces, groups=groups, predicted=np.where(right, 3, 2), right=right, clusters=np.arange(280)
+    )
+    rows, gaps = score_subgroups(scored, resample(scored.clusters, 20))
+    assert [(gap["by"], gap["difference"], gap["p"]) for gap in gaps if gap["by"] == "race"] == [
+        ("race", 0, 1)
+    ]
+    assert [row["small"] for row in rows if row["by"] == "race"] == [0, 0, 1]
 
 
 def test_calibration_error_and_what_a_perfect_model_would_show():
