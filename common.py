@@ -366,16 +366,19 @@ def rank_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 2.0) -> 
     """
     z = z if z.dtype == torch.float64 else z.float()
     everything = gather_rows(z)  # NW×D
+    centre = everything.detach().mean(dim=0)  # D; about it distances lose least to rounding
     with torch.autocast(z.device.type, enabled=False):
-        logits = -torch.cdist(z, everything) / temperature  # N×NW
+        logits = -torch.cdist(z - centre, everything - centre) / temperature  # N×NW
     own = torch.arange(len(z), device=z.device) + rank() * len(z)  # N, columns of the rows themselves
-    logits = logits.scatter(1, own[:, None], -torch.inf)
-    logits = logits - logits.detach().amax(dim=1, keepdim=True)  # what all share cancels
+    lowest = torch.finfo(logits.dtype).min  # not −inf, lest a year of nobody give NaN
+    logits = logits.scatter(1, own[:, None], lowest)
     years = (ages[:, None] - gather_rows(ages)[None, :]).abs()  # N×NW
-    by_years = logits.new_zeros(len(z), int(years.max()) + 1).scatter_add(1, years, logits.exp())  # N×years
-    at_least = by_years.flip(1).cumsum(dim=1).flip(1).gather(1, years)  # N×NW
-    # A sum holds its own pair, so it cannot lie below; rounding to zero, it would.
-    denominators = at_least.clamp(min=torch.finfo(logits.dtype).tiny).log().maximum(logits)
+    # In logarithms, for the far faces' terms underflow: each year's sum, then from the far end.
+    tops = logits.new_full((len(z), int(years.max()) + 1), lowest)  # N×years
+    tops = tops.scatter_reduce(1, years, logits.detach(), "amax")
+    sums = torch.zeros_like(tops).scatter_add(1, years, (logits - tops.gather(1, years)).exp())
+    by_years = tops + sums.clamp(min=torch.finfo(sums.dtype).tiny).log()
+    denominators = by_years.flip(1).logcumsumexp(dim=1).flip(1).gather(1, years)  # N×NW
     losses = (denominators - logits).scatter(1, own[:, None], 0.0)  # N×NW
     return losses.sum() / (len(z) * (len(everything) - 1))
 

@@ -133,6 +133,19 @@ def test_losses_in_half_precision(name, dtype):
         assert loss.item() == pytest.approx(LOSSES[name][0](z, ages, 0.1).item(), rel=0.05)
 
 
+@pytest.mark.parametrize("spread, temperature", [(1, 2), (20, 0.07), (300, 2)])
+def test_rank_loss_of_faces_far_apart(spread, temperature):
+    """Beside the nearest face the far ones underflow float32, where faces lie in the order of their ages."""
+    ages = torch.arange(0, 64, 2)
+    z = spread * torch.stack([ages / 64, torch.rand(32, generator=torch.Generator().manual_seed(0)) / 50], 1)
+    ours, truth = z.clone().requires_grad_(), z.double().requires_grad_()
+    loss, expected = rank_contrastive_loss(ours, ages, temperature), textbook_rank(truth, ages, temperature)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert F.cosine_similarity(ours.grad.double().flatten(), truth.grad.flatten(), dim=0) > 0.999
+
+
 def test_rank_loss_knows_the_order():
     """Zero gradient nowhere, least where distances follow the ages."""
     ages = torch.tensor([1, 20, 40, 80])
