@@ -9,6 +9,7 @@ beside it a history CSV, curves, and `.last.pt` for --resume.
 """
 
 import argparse
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,11 @@ def main(args):
     origin = None if state else init_backbone(model.backbone, args.init)
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
     training = begin_training(args, "model", model, groups, dataset, device, dtype, state, origin)
+    if val_dataset and not rank():
+        known = torch.isin(val_dataset.hashes, training.origin["train_hashes"]).sum()
+        if known:
+            counts = f"{known} of the {len(val_dataset)} faces of val"
+            print(f"warning: --init has learned from {counts}, so val flatters", file=sys.stderr)
 
     for epoch in range(training.epoch, args.epochs):
         start = time.perf_counter()

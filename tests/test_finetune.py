@@ -77,6 +77,11 @@ def test_final_learns_from_val_too_and_keeps_the_last_epoch(drawn, tmp_path, cli
     assert checkpoint["epoch"] == 2 and not len(checkpoint["val_hashes"]) and checkpoint["val"] == {}
     last = load_checkpoint(tmp_path / "m.last.pt", "model.last")
     assert torch.equal(checkpoint["weights"]["head.weight"], last["model"]["head.weight"].half())
+    monkeypatch.undo()
+    flags = ["--data", data, "--out", tmp_path / "n.pt", *FAST, "--init", out, "--epochs", 1]
+    code, _, err = cli("finetune", *flags)
+    count = len(FaceDataset(data / "val", 32))
+    assert code == 0 and f"--init has learned from {count} of the {count} faces of val" in err
 
 
 def test_init_from_contrastive_says_what_was_loaded(drawn, tmp_path, cli, refuse):
