@@ -75,7 +75,7 @@ class Scored:
     clusters: np.ndarray  # int (N,), which near-duplicates share
     learned: np.ndarray  # bool (N,): the model was trained on it
     chose: np.ndarray  # bool (N,): it chose the model's epoch
-    leaked: np.ndarray  # bool (N,): a near-duplicate is in train
+    leaked: np.ndarray  # bool (N,): the model has learned from a near-duplicate, by split.csv
     left_out: int  # faces, by --unseen
     metrics: dict[str, float] = field(default_factory=dict)
     draws: dict[str, np.ndarray] = field(default_factory=dict)  # bootstrap, (RESAMPLES,) each
@@ -93,27 +93,29 @@ class Scored:
 def read_split_table(data, files):
     """What `split.csv`, if there is one in the folder `data`, says of N files.
 
-    Returns their near-duplicate groups, int (N,), and whether each lies outside train and another face of its
-    group inside, which split.py allows only with --random, bool (N,). UserError if it is another table.
+    Returns their near-duplicate groups, int (N,), and whether each lies outside train, and outside val, and
+    another face of its group inside, which split.py allows only with --random, bool (2, N). UserError if it
+    is another table.
     """
-    path, first, train = Path(data) / "split.csv", {}, set()
+    path, first, inside = Path(data) / "split.csv", {}, {"train": set(), "val": set(), "test": set()}
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark, and semicolons
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
             for row in csv.DictReader(text.splitlines(), delimiter=delimiter):
                 first[row["file"]] = row["duplicate_of"] or row["file"]
-                train |= {row["file"]} if row["split"] == "train" else set()
+                inside[row["split"]].add(row["file"])
         except (OSError, ValueError, KeyError, csv.Error):
             first = {}
         if not first.keys() & set(files):
             raise UserError(
                 f"{path} is not split.py's table of these faces: run split.py again, or remove it"
             )
-    learned = {first[name] for name in train}
-    own = [first.get(name, name) for name in files]
-    leaked = [one in learned and name not in train for one, name in zip(own, files)]
-    return np.unique(own, return_inverse=True)[1], np.array(leaked)
+    own, near = [first.get(name, name) for name in files], []
+    for part in (inside["train"], inside["val"]):
+        groups = {first[name] for name in part}
+        near.append([group in groups and name not in part for group, name in zip(own, files)])
+    return np.unique(own, return_inverse=True)[1], np.array(near)
 
 
 def score_model(path, folder, device, dtype, datasets, workers=0, unseen=False):
@@ -128,17 +130,20 @@ def score_model(path, folder, device, dtype, datasets, workers=0, unseen=False):
     if key not in datasets:
         datasets[key] = FaceDataset(folder, key[0], with_masks=key[1], workers=workers)
     dataset = datasets[key]
-    clusters, leaked = read_split_table(folder.parent, [f"{face.stem}_image.png" for face in dataset.faces])
+    clusters, near = read_split_table(folder.parent, [f"{face.stem}_image.png" for face in dataset.faces])
+    leaked = near[: 2 if checkpoint["config"].get("final") else 1].any(axis=0)
     hashes = (np.asarray(checkpoint.get(name, [])) for name in ("train_hashes", "val_hashes"))
     learned, chose = (np.isin(dataset.hashes.numpy(), values) for values in hashes)
     chose &= ~learned
     kept = np.ones(len(dataset), bool)
     if unseen:
-        kept = ~(np.isin(clusters, clusters[learned | chose]) | leaked)
+        kept = ~(np.isin(clusters, clusters[learned | chose]) | near.any(axis=0))
         count = f"{kept.sum()} of {len(dataset)} faces of {folder} remain"
         if not kept.any():
             raise UserError(f"--unseen: {count} for {path}: name faces that it has not learned from")
-        print(f"{path}: {count}, unseen by the model as are their near-duplicates")
+        table = folder.parent / "split.csv"
+        also = f", as are their near-duplicates by {table}" if table.is_file() else ""
+        print(f"{path}: {count}, unseen by the model{also}")
         dataset = copy(dataset)
         dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
         dataset.images, dataset.ages, dataset.groups = (
@@ -478,7 +483,7 @@ def plot_mistakes(path, scored, folder, count=40):
 
 
 def accuracies_by_leak(scored):
-    """How many faces have a near-duplicate in train, the accuracy on them and on the rest (None of none)."""
+    """How many faces are leaked, the accuracy on them and on the rest (None of none)."""
     right, leaked = scored.right, scored.leaked
     shares = (float(right[part].mean()) if part.any() else None for part in (leaked, ~leaked))
     return dict(zip(("n", "accuracy", "accuracy_of_the_rest"), (int(leaked.sum()), *shares)))
@@ -548,7 +553,8 @@ def print_results(scored, folder):
     leaked, accuracy, rest = accuracies_by_leak(s).values()
     if leaked:
         rest = "" if rest is None else f", {rest:.2%} on the rest"
-        print(f"  {leaked} faces have a near-duplicate in train: accuracy {accuracy:.2%} on them{rest}")
+        where = "train or val" if s.checkpoint["config"].get("final") else "train"
+        print(f"  {leaked} faces have a near-duplicate in {where}: accuracy {accuracy:.2%} on them{rest}")
     print(f"\n  {'':16}{'faces':>6}{'accuracy':>26}{'balanced':>26}{'within one group':>26}")
     for row in s.subgroups:
         cells = (f"{row[m]:10.1%} [{row[m + '_low']:.1%}, {row[m + '_high']:.1%}]" for m in SUBGROUP_METRICS)

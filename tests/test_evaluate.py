@@ -135,13 +135,15 @@ def test_calibration_error_and_what_a_perfect_model_would_show():
 
 
 def test_split_table_as_written_and_as_a_spreadsheet_saves_it(tmp_path, cli, refuse):
-    clusters, leaked = read_split_table(tmp_path, ["a", "b"])
-    assert clusters.tolist() == [0, 1] and not leaked.any()
-    text, path = "file,split,duplicate_of\na,test,\nb,test,\nc,test,a\nd,train,b\n", tmp_path / "split.csv"
+    clusters, near = read_split_table(tmp_path, ["a", "b"])
+    assert clusters.tolist() == [0, 1] and near.shape == (2, 2) and not near.any()
+    text = "file,split,duplicate_of\na,test,\nb,test,\nc,test,a\nd,train,b\ne,val,a\n"
+    path = tmp_path / "split.csv"
     for spelled in (text, "\ufeff" + text.replace(",", ";").replace("\n", "\r\n")):
         path.write_text(spelled, newline="")
-        clusters, leaked = read_split_table(tmp_path, ["a", "b", "c", "d"])
-        assert clusters.tolist() == [0, 1, 0, 1] and leaked.tolist() == [False, True, False, False]
+        clusters, near = read_split_table(tmp_path, ["a", "b", "c", "d"])
+        assert clusters.tolist() == [0, 1, 0, 1]
+        assert near.tolist() == [[False, True, False, False], [True, False, True, False]]
     stems, model = noise_pairs(tmp_path / "test", [30] * 3), untrained(tmp_path / "model.pt")
     for foreign in ("", text, text.replace("file,", "name,"), f"file,split\n{stems[0]}_image.png,test\n"):
         path.write_text(foreign)
@@ -317,6 +319,7 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
         f"{stems[4]}_image.png"  # near-duplicates of one learned from and of one that chose the epoch
     )
     lines[21] += f"{stems[11]}_image.png"
+    lines.append(f"other_image.png,val,{stems[22]}_image.png")
     (data / "split.csv").write_text("\n".join(["file,split,duplicate_of", *lines]) + "\n")
     flags = [model, "--data", data, "--out", tmp_path / "r", *CPU]
     code, _, err = cli("evaluate", *flags)
@@ -326,13 +329,18 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
     assert (summary["seen_in_training"], summary["chose_the_epoch"], summary["n"]) == (5, 7, 280)
 
     code, out, err = cli("evaluate", *flags, "--unseen")
-    assert (code, err) == (0, "") and "266 of 280 faces" in out
+    assert (code, err) == (0, "") and "265 of 280 faces" in out and "near-duplicates by" in out
     kept = [row["file"] for row in read_csv(tmp_path / "r/predictions.csv")]
     assert sorted(kept) == sorted(
-        f"{stem}_image.png" for i, stem in enumerate(stems) if 12 <= i not in (20, 21)
+        f"{stem}_image.png" for i, stem in enumerate(stems) if 12 <= i not in (20, 21, 22)
     )
     summary = json.loads((tmp_path / "r/metrics.json").read_text())
-    assert (summary["left_out_by_unseen"], summary["seen_in_training"], summary["n"]) == (14, 0, 266)
+    assert (summary["left_out_by_unseen"], summary["seen_in_training"], summary["n"]) == (15, 0, 265)
+    assert summary["near_duplicates_in_train"]["n"] == 0
+    untrained(model, final=True)  # has learned from val, too
+    assert cli("evaluate", *flags)[0] == 0
+    summary = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert summary["near_duplicates_in_train"]["n"] == 1
     untrained(model, train_hashes=hashes)
     refuse("evaluate", *flags, "--unseen", words=["--unseen", "0 of 280 faces"])
 
