@@ -111,7 +111,7 @@ def find_near_duplicates(thumbnails, threshold, workers=1, block=2048):
                 first, second = int(top + i), int(left + j)
                 if first >= second:
                     continue
-                if others is upright and correlation[i, j] > max(AS_THEY_LIE, threshold):
+                if others is upright and correlation[i, j] > AS_THEY_LIE:
                     found[first, second] = Pair(first, second, float(correlation[i, j]), aligned=False)
                 else:
                     candidates.append((first, second, others is mirrored))

@@ -92,6 +92,7 @@ def test_planted_copies_stay_together_and_strangers_do_not(tmp_path, cli):
         root = {stem: row["duplicate_of"] or row["file"] for stem, row in rows.items()}
         assert least <= sum(root[f[0]] == root[other] for f, other in zip(families, others)) <= most
         assert f"near_duplicate: {threshold}" in (tmp_path / "split/split.yaml").read_text()
+    assert all(root[f[0]] == root[f[2]] for f in families)  # encoded alone, and so above 0.98 as they lie
 
 
 def test_a_random_split_leaks_and_says_so(tmp_path, cli):
