@@ -58,7 +58,7 @@ def test_trains_a_row_for_each_choice_and_reports_what_fails(drawn, tmp_path, cl
     flags = ["--data", drawn / "dataset/processed_split", "--config", tmp_path / "c.yaml", *FLAGS]
     flags += ["--weights", "imagenet", "rank", "--tasks", "multitask", "--lr-strategies", "differentiated"]
     code, out, _ = cli("table", *flags, "--seeds", 3, cwd=tmp_path)
-    assert code == 0 and "1 models, 1 not trained" in out.splitlines()[-1]
+    assert code == 1 and "1 models, 1 not trained" in out.splitlines()[-1]
     assert [script for script, _ in calls] == ["pretrain", "finetune", "finetune"]
     text = (tmp_path / "results/table.md").read_text()
     assert "| differentiated | multitask | contrastive (rank) |" in text
@@ -74,7 +74,7 @@ def test_trains_a_row_for_each_choice_and_reports_what_fails(drawn, tmp_path, cl
     assert len(table.get_parser().parse_args([]).weights) == 5
 
     code, out, _ = cli("table", *flags, "--seeds", 3, cwd=tmp_path)  # done: nothing is trained
-    assert code == 0 and "resumed" in out and "epoch 1/1" not in out
+    assert code == 1 and "resumed" in out and "epoch 1/1" not in out
     after = load_checkpoint(path, "model")["weights"]
     assert all(torch.equal(checkpoint["weights"][key], after[key]) for key in after)
 

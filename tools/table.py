@@ -2,12 +2,13 @@
 
     python tools/table.py runs/*.pt --split val
     python tools/table.py                               # trains every row first; wants a GPU
-    python tools/table.py --config configs/table_small.yaml
+    python tools/table.py --config configs/table_small.yaml --data dataset/study
     python tools/table.py --weights random view --tasks multitask --seeds 0 1 2
 
 Without names it trains each row and seed into --out, by pretrain.py and finetune.py as you would by hand; the
-`pretrain:` and `finetune:` sections of --config are theirs. What is done is skipped, what was stopped goes on
-where it stood, and a row that cannot be trained is reported. Writes table.md to --results, and beside it a
+`pretrain:` and `finetune:` sections of --config are theirs, but --data, --workers, --device and --precision
+are those given here. What is done is skipped, what was stopped goes on where it stood, and a row that cannot
+be trained is reported. Writes table.md to --results, and beside it a
 folder for each model with what evaluate.py writes, scored in fp32.
 """
 
@@ -351,7 +352,7 @@ def main(args):
     missing = f", {sum(map(len, failed.values()))} not trained" * bool(failed)
     missing += f", {unreadable} not scored" * bool(unreadable)
     print(f"{results} written: table.md, and a folder for each of {len(many)} models{missing}")
-    if unreadable:
+    if unreadable or failed:
         sys.exit(1)
 
 
