@@ -120,11 +120,12 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
         raise ValueError(f"{width}x{height} pixels, above {MAX_PIXELS // 10**6} million")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width}x{height} pixels, below {MIN_SIDE} a side")
-    if transparent or ENDS.get(form, b"") not in data[-1024:]:  # cut, or appended to: slow to tell
+    turned = form == "AVIF"  # which OpenCV does not turn as EXIF says
+    if transparent or turned or ENDS.get(form, b"") not in data[-1024:]:  # cut, or appended to: slow to tell
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 picture.load()
-                if transparent:
+                if transparent or turned:
                     return flatten(picture, flags)
         except Exception:
             raise ValueError("truncated image") from None

@@ -7,7 +7,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from cli import UserError
 from conftest import noise_pairs, write_pair
@@ -170,9 +170,10 @@ def test_grey_with_alpha_and_in_grey():
 def test_pictures_are_turned_upright(orientation):
     exif, picture = Image.Exif(), face()
     exif[0x0112] = orientation
-    opaque = encoded(picture, "JPEG", quality=95, exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(opaque)))).astype(int)
-    assert decoded(opaque).shape == expected.shape and np.abs(decoded(opaque) - expected).mean() < 2
+    for form in [*["AVIF"] * features.check("avif"), "JPEG"]:
+        opaque = encoded(picture, form, quality=95, exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(opaque)))).astype(int)
+        assert decoded(opaque).shape == expected.shape and np.abs(decoded(opaque) - expected).mean() < 2
     clear = encoded(picture.convert("RGBA"), "PNG", exif=exif)  # by the other way through the decoder
     assert np.abs(decoded(clear) - expected).mean() < 4
     assert np.array_equal(decode_image(clear), flatten(Image.open(io.BytesIO(clear))))
