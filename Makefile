@@ -1,8 +1,8 @@
 # make run                            the five stages on drawn faces, at CPU size, in runs/synthetic
 # make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
 # make best DATA=path/UTKFace.tar.gz  the best recipe at a size for two CPU cores, in runs/best; hours
+#                                     FLAGS='--precision bf16' nearly halves them where the CPU has it
 # make table DATA=path/UTKFace.tar.gz every row of the results table, in runs/utkface; wants a GPU
-#                                     FLAGS='--config $(CURDIR)/configs/table_small.yaml' has it at CPU size
 # make test                           the test suite
 # make soak                           the suite's kills, 24 of them
 # Each makes its own .venv first. PYTHON=python3.12 picks another interpreter, for the first time. What was
@@ -29,10 +29,10 @@ run: data
 	@echo "Look at $(RUN_DIR): dataset/processed/preview.png, contrastive.png, model.png, results/*.png"
 
 best: CONFIG := --config $(CURDIR)/configs/cpu.yaml
-best: RUN_DIR := $(CURDIR)/runs/best
+best: RUN_DIR := $(CURDIR)/runs/best$(if $(DATA),,-synthetic)
 best: data
-	$(SCRIPT)/pretrain.py $(CONFIG) --resume
-	$(SCRIPT)/finetune.py $(CONFIG) --multitask --lr-strategy differentiated --init contrastive.pt --resume
+	$(SCRIPT)/pretrain.py $(CONFIG) --resume $(FLAGS)
+	$(SCRIPT)/finetune.py $(CONFIG) --multitask --lr-strategy differentiated --init contrastive.pt --resume $(FLAGS)
 	$(SCRIPT)/evaluate.py
 
 table: data

@@ -47,11 +47,12 @@ def test_the_docs_name_every_script_config_and_target():
     targets = set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE))
     assert targets >= {"run", "best", "test", "table", "soak"}
     for target in targets:
-        command = ["make", "-n", target, "DATA=faces.tar.gz"]
+        command = ["make", "-n", target, "DATA=faces.tar.gz", "FLAGS=--precision bf16"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, target
         found = list(commands(done.stdout))
         assert found or target in ("test", "soak"), target
+        assert ("--precision bf16" in done.stdout) == (target in ("best", "table"))
         for script, arguments in found:
             parse_args(importlib.import_module(script).get_parser(), arguments)
 
