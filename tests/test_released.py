@@ -14,7 +14,8 @@ def test_what_it_holds():
     assert (ROOT / RELEASED).stat().st_size <= 25e6
     checkpoint = load_checkpoint(ROOT / RELEASED, "model")
     assert checkpoint["split"]["seed"] == 0 and not checkpoint["split"]["random"]
-    assert len(checkpoint["train_hashes"]) > 14_000  # of 15,166 faces, some of them the same
+    assert checkpoint["config"]["final"] and not len(checkpoint["val_hashes"])
+    assert len(checkpoint["train_hashes"]) > 16_000  # of 17,069 faces, some of them the same
     model = load_model(ROOT / RELEASED, choose_device("cpu"))[0]
     assert model.by_year and model.flip_averaging and model.decoder is not None
 
