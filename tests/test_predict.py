@@ -428,9 +428,8 @@ def test_the_detector_is_downloaded_once_and_checked(drawn, model, tmp_path, cli
     refuse(*command, words=[*told])
 
 
-def test_no_detector_is_needed_for_crops_or_export(drawn, model, tmp_path, cli):
+def test_no_detector_is_needed_for_crops(drawn, model, cli):
     """`no_network` would refuse it."""
-    pytest.importorskip("onnxscript")
     assert cli("predict", a_face(drawn), "--checkpoint", model, *ALIGNED)[0] == 0
     predict.load(model, aligned=True, device="cpu")
     with pytest.raises(UserError, match="no face detector"):
