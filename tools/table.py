@@ -8,8 +8,8 @@
 Without names it trains each row and seed into --out, by pretrain.py and finetune.py as you would by hand; the
 `pretrain:` and `finetune:` sections of --config are theirs, but --data, --workers, --device and --precision
 are those given here. What is done is skipped, what was stopped goes on where it stood, and a row that cannot
-be trained is reported. Writes table.md to --results, and beside it a
-folder for each model with what evaluate.py writes, scored in fp32.
+be trained is reported. Writes table.md to --results, and beside it a folder for each model with what
+evaluate.py writes, scored in fp32.
 """
 
 import json
