@@ -148,9 +148,9 @@ def main(args):
     if not rank():
         save_best(training, val_dataset, split)
         write_csv(beside(args.out, ".csv"), training.history)
-        panels = {"loss": ["train_loss"] if args.final else ["train_loss", "val_loss"]}
+        panels = {"train loss": ["train_loss"]}  # of years, val's of groups
         if not args.final:
-            panels |= {"val accuracy": ["val_accuracy"]}
+            panels |= {"val loss": ["val_loss"], "val accuracy": ["val_accuracy"]}
             panels |= {"val mask IoU": ["val_mask_iou"]} if args.multitask else {}
         plot_history(beside(args.out, ".png"), training.history, panels)
         best, accuracy = training.best, training.best["figures"].get("val_accuracy")

@@ -471,13 +471,11 @@ def serve(loaded, host, port):
 
 def get_parser():
     parser = cli.script_parser("predict", __doc__)
-    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument
     add("inputs", nargs="*", metavar="PICTURE", help="pictures, and folders of them")
-    either(
-        "--aligned", action="store_true", help="each picture is one face crop as in UTKFace: find no faces"
-    )
+    add("--aligned", action="store_true", help="each picture is one face crop as in UTKFace: find no faces")
     add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
-    either("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
+    add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
     add("--csv", metavar="FILE", help="table to write, a row a face")
     add("--json", metavar="FILE", help="the same as JSON, with the names of the groups")
     add("--overlay", metavar="DIR", help="folder for pictures with faces, groups and ages drawn in")
@@ -493,6 +491,8 @@ def get_parser():
 def main(args):
     if not (args.inputs or args.export or args.serve):
         raise UserError("nothing to do: name pictures or a folder, or give --serve or --export (-h explains)")
+    if args.aligned and args.detector:  # here, since either may stand in a YAML
+        raise UserError("--aligned and --detector contradict each other: give one")
     for flag in ("csv", "json", "export", "overlay", "masks"):
         if getattr(args, flag):
             check = cli.check_writable if flag in ("overlay", "masks") else cli.check_output

@@ -642,6 +642,9 @@ def test_bad_input(model, tmp_path, cli, refuse):
         words=["y.onnx cannot be read as a face detector"],
     )
     refuse("predict", picture, *flags, "--aligned", "--detector", "y.onnx", words=["--detector", "--aligned"])
+    (tmp_path / "aligned.yaml").write_text("aligned: true")
+    flags_of_yaml = ["--config", tmp_path / "aligned.yaml", "--detector", "y.onnx"]
+    refuse("predict", picture, *flags_of_yaml, words=["--detector", "--aligned"])
     refuse("predict", picture, *flags, "--overlay", tmp_path, words=["--overlay", "replace the pictures"])
     (tmp_path / "here").mkdir()
     shutil.copy(picture, tmp_path / "here")
