@@ -27,9 +27,11 @@ from torchvision.models import ResNet18_Weights, resnet18
 from cli import UserError, atomic_path, progress, settings_of, shipped
 from utkface import (
     AGE_GROUPS,
+    GENDERS,
     GROUP_NAMES,
     PIXEL_MEAN,
     PIXEL_STD,
+    RACES,
     age_to_group,
     list_pairs,
     pixel_hash,
@@ -94,10 +96,10 @@ class FaceDataset(Dataset):
     """Faces of split folders, one or several, decoded once and kept in memory as uint8 for all workers.
 
     A batch is a dict of tensors: `image` uint8 (B, H, W, 3) RGB; `mask` uint8 (B, H, W) in {0, 1}, with
-    `with_masks`; `age` (B,) in years; `group` (B,) 0–5. Without `view` the pictures are the faces resized to
-    `image_size` (those squares are also in `.images` and `.masks`). With it, each face gives `views` of them
-    in a row, drawn from (seed, epoch, index) alone, whatever worker asks. An index may be an int or the pair
-    (epoch, index).
+    `with_masks`; `age` (B,) in years; `group` (B,) 0–5; `gender` and `race` (B,) as the names say. Without
+    `view` the pictures are the faces resized to `image_size` (those squares are also in `.images` and
+    `.masks`). With it, each face gives `views` of them in a row, drawn from (seed, epoch, index) alone,
+    whatever worker asks. An index may be an int or the pair (epoch, index).
 
     `.faces` lists what the names say, `.ages` and `.groups` are int64 (N,), `.hashes` an int64 tensor (N,)
     that names the pixels. Raises UserError for a missing or empty folder, an unreadable image, or a mask that
@@ -112,6 +114,8 @@ class FaceDataset(Dataset):
         self.augment = augmentation(view, image_size) if view else None
         self.ages = np.array([face.age for face in self.faces])
         self.groups = age_to_group(self.ages)
+        self.genders = np.array([face.gender for face in self.faces])
+        self.races = np.array([face.race for face in self.faces])
         # A random crop is enlarged to the output's side: a quarter more pixels than that keep it sharp.
         side = image_size * 5 // 4 if view else image_size
         # Tensors, because where workers are not forked those are shared with them, and arrays copied.
@@ -158,7 +162,8 @@ class FaceDataset(Dataset):
                 if mask is not None:
                     mask[place] = binary(torch.from_numpy(moved["mask"]))
         batch = {"image": image, "age": self.ages[indices], "group": self.groups[indices]}
-        batch = batch if mask is None else {**batch, "mask": mask}
+        batch |= {"gender": self.genders[indices], "race": self.races[indices]}
+        batch |= {} if mask is None else {"mask": mask}
         return {name: torch.as_tensor(values) for name, values in batch.items()}
 
     def __getitem__(self, key):
@@ -212,26 +217,32 @@ class MaskDecoder(nn.Module):
         return F.interpolate(self.predict(x), scale_factor=2.0, mode="bilinear")  # B×1×H×W
 
 
+ATTRIBUTES = {"gender": len(GENDERS), "race": len(RACES)}  # classes of each, in the order of their logits
+
+
 class MultitaskResNet18(nn.Module):
     """ResNet18 (torchvision) with a head for age groups and, if `multitask`, a decoder for the face mask.
 
     by_year: the head tells `YEARS` single years, and forward sums them into the groups (num_groups is then
     the 6 of `AGE_GROUPS`). flip_averaging: in eval mode, the mean over each image and its mirror image.
+    attributes: a further head for gender and race, for training alone.
     """
 
-    def __init__(self, num_groups=6, multitask=True, by_year=False, flip_averaging=False):
+    def __init__(self, num_groups=6, multitask=True, by_year=False, flip_averaging=False, attributes=False):
         super().__init__()
         self.backbone = resnet18()
         self.backbone.fc = nn.Identity()  # the backbone alone gives B×512 features
         self.head = nn.Linear(512, YEARS if by_year else num_groups)
         self.decoder = MaskDecoder() if multitask else None
+        self.attributes = nn.Linear(512, sum(ATTRIBUTES.values())) if attributes else None
         self.by_year, self.flip_averaging = by_year, flip_averaging
 
     def forward(self, images: Tensor, years: bool = False) -> tuple[Tensor, Tensor | None]:
         """Normalised images (B, 3, H, W) → group logits (B, 6), mask logits (B, 1, H, W) or None.
 
-        years: the logits of single years (B, YEARS) instead, from a model `by_year`. Raises ValueError if
-        there is a decoder and H or W is no multiple of 32.
+        years: the logits of single years (B, YEARS) instead, from a model `by_year`. In training mode, with
+        `attributes`, theirs (B, 7) are further columns of what the head tells. Raises ValueError if there is
+        a decoder and H or W is no multiple of 32.
         """
         if self.decoder is not None and (images.shape[-2] % 32 or images.shape[-1] % 32):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(images.shape[-2:])}")
@@ -241,27 +252,34 @@ class MultitaskResNet18(nn.Module):
             probabilities = (logits.float().softmax(dim=1) + mirrored.float().softmax(dim=1)) / 2
             logits = probabilities.clamp(min=1e-12).log()
             mask_logits = None if mask_logits is None else (mask_logits + mirrored_mask.flip(-1)) / 2
-        return group_logits(logits) if self.by_year and not years else logits, mask_logits
+        return group_logits(logits[:, :YEARS]) if self.by_year and not years else logits, mask_logits
 
     def forward_once(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The head's logits (B, 6) or (B, YEARS), and mask logits (B, 1, H, W) or None, without averaging."""
+        """What the head tells, see `forward`, and mask logits (B, 1, H, W) or None, without averaging."""
         net = self.backbone
         maps = [net.relu(net.bn1(net.conv1(images)))]  # B×64×H/2×W/2
         x = net.maxpool(maps[0])  # B×64×H/4×W/4
         for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
             x = layer(x)
             maps.append(x)  # strides 4, 8, 16, 32 with 64, 128, 256, 512 channels
-        logits = self.head(net.avgpool(x).flatten(1))  # B×6 or B×YEARS
+        features = net.avgpool(x).flatten(1)  # B×512
+        logits = self.head(features)  # B×6 or B×YEARS
+        if self.attributes is not None and self.training:
+            logits = torch.cat([logits, self.attributes(features)], dim=1)  # B×13 or B×(YEARS + 7)
         return logits, self.decoder(maps) if self.decoder is not None else None
 
 
-def make_model(settings: dict) -> MultitaskResNet18:
-    """The model, still untrained, that the settings of finetune.py ask for; one that is missing is off."""
+def make_model(settings: dict, attributes: bool = False) -> MultitaskResNet18:
+    """The model, still untrained, that the settings of finetune.py ask for; one that is missing is off.
+
+    attributes: with the head for gender and race, which no checkpoint of a model keeps.
+    """
     return MultitaskResNet18(
         len(GROUP_NAMES),
         multitask=bool(settings.get("multitask")),
         by_year=bool(settings.get("age_sigma")),
         flip_averaging=bool(settings.get("flip_averaging")),
+        attributes=attributes,
     )
 
 

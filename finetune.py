@@ -20,7 +20,9 @@ import torch.nn.functional as F
 
 from cli import UserError, beside, number, run, write_csv
 from common import (
+    ATTRIBUTES,
     SUPERVISED_VIEW,
+    YEARS,
     FaceDataset,
     build_param_groups,
     init_backbone,
@@ -50,14 +52,19 @@ from utkface import GROUP_NAMES, age_to_group, list_pairs, split_settings
 def multitask_losses(model, batch, args):
     """Total, age and mask loss of a batch: (3,). Without a decoder the mask loss is 0.
 
-    The age loss is the cross-entropy of years with soft labels or, with --age-sigma 0, of groups.
+    The age loss is the cross-entropy of years with soft labels or, with --age-sigma 0, of groups. The total
+    adds to it those of the mask, of gender and of race, weighted.
     """
     by_year = args.age_sigma > 0
     targets = soft_age_labels(batch["age"], args.age_sigma) if by_year else batch["group"]  # B×YEARS or B
-    logits, mask_logits = model(batch["image"], years=by_year)  # B×YEARS or B×6, B×1×H×W
-    age_loss = F.cross_entropy(logits.float(), targets)
+    logits, mask_logits = model(batch["image"], years=by_year)  # B×(YEARS or 6, and 7 behind), B×1×H×W
+    widths = [YEARS if by_year else len(GROUP_NAMES), *(ATTRIBUTES.values() if args.attribute_weight else ())]
+    age_logits, *others = logits.float().split(widths, dim=1)
+    age_loss = F.cross_entropy(age_logits, targets)
+    attribute_loss = sum(F.cross_entropy(other, batch[name]) for name, other in zip(ATTRIBUTES, others))
     face_loss = torch.zeros_like(age_loss) if mask_logits is None else mask_loss(mask_logits, batch["mask"])
-    return torch.stack([age_loss + args.mask_weight * face_loss, age_loss, face_loss])
+    total = age_loss + args.mask_weight * face_loss + args.attribute_weight * attribute_loss
+    return torch.stack([total, age_loss, face_loss])
 
 
 def validate(model, dataset, device):
@@ -82,6 +89,8 @@ def get_parser():
     add, low_zero, switch = parser.add_argument, number(float, low=0), argparse.BooleanOptionalAction
     add("--multitask", action=switch, default=False, help="also learn the face mask")
     add("--mask-weight", metavar="W", type=low_zero, default=0.5, help="of the mask loss beside the age loss")
+    add("--attribute-weight", metavar="W", type=low_zero, default=0.3,
+        help="of gender and race, learned from the file names beside the age, for training alone; 0 is off")
     add("--lr-strategy", choices=["uniform", "differentiated"], default="uniform",
         help="one rate for all, or a lower one for the backbone than for the heads")
     add("--backbone-lr-scale", metavar="S", type=number(float, above=0), default=0.5,
@@ -113,7 +122,7 @@ def main(args):
     dataset = FaceDataset(folders, args.image_size, SUPERVISED_VIEW, **options)
     val_dataset = None if args.final else FaceDataset(val, args.image_size, **options)
     set_seed(args.seed)
-    model = make_model(vars(args))
+    model = make_model(vars(args), attributes=args.attribute_weight > 0)
     origin = None if state else init_backbone(model.backbone, args.init)
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
     training = begin_training(args, "model", model, groups, dataset, device, dtype, state, origin)
@@ -132,6 +141,7 @@ def main(args):
         score = None if args.final else (-figures["val_accuracy"], figures["val_loss"])
         if args.final or training.best is None or score < tuple(training.best["score"]):
             weights = {key: value.detach().to("cpu", copy=True) for key, value in kept.state_dict().items()}
+            weights = {key: value for key, value in weights.items() if not key.startswith("attributes.")}
             training.best = {"epoch": epoch + 1, "score": score, "figures": figures, "weights": weights}
         _, age_loss, face_loss = losses.mean(dim=0).tolist()
         row = {"epoch": epoch + 1, "train_loss": age_loss, "train_mask_loss": face_loss, **figures}

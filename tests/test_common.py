@@ -318,6 +318,15 @@ def test_dataset_without_augmentation(tmp_path):
     assert "mask" not in FaceDataset(tmp_path, 64, with_masks=False)[0]
 
 
+def test_dataset_gives_what_the_names_say(tmp_path):
+    noise_pairs(tmp_path, [30, 4, 70])
+    for view in (None, common.SUPERVISED_VIEW):
+        dataset = FaceDataset(tmp_path, 32, view)
+        batch = dataset.__getitems__([2, 0])
+        for name in ("age", "gender", "race"):
+            assert batch[name].tolist() == [getattr(dataset.faces[index], name) for index in (2, 0)]
+
+
 def test_dataset_is_rgb(tmp_path):
     image = np.zeros((40, 40, 3), np.uint8)
     image[..., 2] = 255  # red, as OpenCV writes it
@@ -421,6 +430,15 @@ def test_flip_averaging_is_blind_to_mirroring():
     model.flip_averaging = False
     mean = (model(images)[0].softmax(dim=1) + model(images.flip(-1))[0].softmax(dim=1)) / 2
     assert torch.allclose(logits.softmax(dim=1), mean, atol=1e-6)
+
+
+def test_attributes_are_told_in_training_alone():
+    torch.manual_seed(0)
+    model = common.make_model({"age_sigma": 2, "flip_averaging": True}, attributes=True)
+    images = torch.randn(2, 3, 64, 64)
+    assert model(images)[0].shape == (2, 6) and model(images, years=True)[0].shape == (2, 108)
+    model.eval()
+    assert model(images)[0].shape == (2, 6) and model(images, years=True)[0].shape == (2, 101)
 
 
 def test_imagenet_weights_are_loaded(monkeypatch, capsys):

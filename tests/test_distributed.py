@@ -31,7 +31,9 @@ def model_and_losses(name):
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_var.uniform_(0.5, 2)
-    args = Namespace(positives=name, temperature=0.2, sigma=0.5, mask_weight=0.5, age_sigma=0)
+    args = Namespace(
+        positives=name, temperature=0.2, sigma=0.5, mask_weight=0.5, attribute_weight=0, age_sigma=0
+    )
     return model.double().eval(), partial(
         multitask_losses if name == "multitask" else contrastive_loss, args=args
     )

@@ -40,6 +40,9 @@ def test_writes_model_history_and_curves(drawn, tmp_path, cli, multitask):
     right = score_dataset(model, val, CPU).logits.argmax(dim=1) == torch.from_numpy(val.groups)
     assert right.double().mean() == pytest.approx(checkpoint["val"]["val_accuracy"], abs=0.001)
     assert torch.equal(checkpoint["val_hashes"], val.hashes.unique())
+    # The heads for gender and race end with the training.
+    last = load_checkpoint(tmp_path / "m.last.pt", "model.last")
+    assert last["model"].keys() - checkpoint["weights"].keys() == {"attributes.weight", "attributes.bias"}
 
 
 def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkeypatch):
@@ -113,9 +116,15 @@ def test_every_head_learns(sigma):
     torch.manual_seed(0)
     batch = {"image": torch.randn(4, 3, 32, 32), "mask": (torch.rand(4, 1, 32, 32) > 0.5).to(torch.uint8)}
     batch |= {"age": torch.tensor([1, 20, 40, 110]), "group": torch.tensor([0, 2, 3, 5])}
-    model = make_model({"multitask": True, "age_sigma": sigma}).train()
-    losses = finetune.multitask_losses(model, batch, Namespace(mask_weight=0.3, age_sigma=sigma))
-    assert losses.shape == (3,) and losses[0] == losses[1] + 0.3 * losses[2]
+    batch |= {"gender": torch.tensor([0, 1, 1, 0]), "race": torch.tensor([4, 0, 2, 1])}
+    model = make_model({"multitask": True, "age_sigma": sigma}, attributes=True).train()
+    args = Namespace(mask_weight=0.3, attribute_weight=0.7, age_sigma=sigma)
+    losses = finetune.multitask_losses(model, batch, args)
+    logits, _ = model(batch["image"], years=sigma > 0)
+    logs = logits[:, -7:-5].log_softmax(dim=1), logits[:, -5:].log_softmax(dim=1)
+    attributes = -sum(log[range(4), batch[name]].mean() for name, log in zip(("gender", "race"), logs))
+    assert losses.shape == (3,)
+    assert torch.isclose(losses[0], losses[1] + 0.3 * losses[2] + 0.7 * attributes)
     losses[0].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -128,10 +137,10 @@ def test_age_loss_by_hand():
         bell = torch.stack([(-((torch.arange(101) - age) ** 2) / (2 * sigma**2)).exp() for age in (3, 70)])
         bell /= bell.sum(dim=1, keepdim=True)
         expected = -(bell * logits.log_softmax(dim=1)).sum(dim=1).mean()
-        args = Namespace(mask_weight=0.5, age_sigma=sigma)
+        args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=sigma)
         found = finetune.multitask_losses(lambda _, years: (logits, None), batch, args)
         assert found[1] == pytest.approx(expected.item(), rel=1e-5)
-    args = Namespace(mask_weight=0.5, age_sigma=0)
+    args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=0)
     found = finetune.multitask_losses(lambda _, years: (logits[:, :6], None), batch, args)
     assert found[1] == pytest.approx(-logits[:, :6].log_softmax(dim=1)[[0, 1], [0, 5]].mean().item())
 
