@@ -56,13 +56,16 @@ def no_network(monkeypatch):
 def test_trains_a_row_for_each_choice_and_reports_what_fails(drawn, tmp_path, cli, calls, no_network):
     (tmp_path / "c.yaml").write_text(CONFIG)
     flags = ["--data", drawn / "dataset/processed_split", "--config", tmp_path / "c.yaml", *FLAGS]
-    flags += ["--weights", "imagenet", "rank", "--tasks", "multitask", "--lr-strategies", "differentiated"]
+    flags += ["--weights", "imagenet", "rank", "age", "--tasks", "multitask"]
+    flags += ["--lr-strategies", "differentiated"]
+    (tmp_path / "table/contrastive-age-seed3.pt").mkdir(parents=True)  # so that pretraining by age fails
     code, out, _ = cli("table", *flags, "--seeds", 3, cwd=tmp_path)
-    assert code == 1 and "1 models, 1 not trained" in out.splitlines()[-1]
-    assert [script for script, _ in calls] == ["pretrain", "finetune", "finetune"]
+    assert code == 1 and "1 models, 2 not trained" in out.splitlines()[-1]
+    assert [script for script, _ in calls] == ["pretrain", "pretrain", "finetune", "finetune"]
     text = (tmp_path / "results/table.md").read_text()
     assert "| differentiated | multitask | contrastive (rank) |" in text
     assert "Not trained: multitask-imagenet-differentiated-seed3 (finetune.py: error: it failed)" in text
+    assert "Not trained: multitask-age-differentiated-seed3 (pretrain.py: error: it failed)" in text
     path = tmp_path / "table/multitask-rank-differentiated-seed3.pt"
     pretrained = load_checkpoint(tmp_path / "table/contrastive-rank-seed3.pt", "contrastive")
     assert pretrained["config"]["positives"] == "rank"

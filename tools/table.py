@@ -93,22 +93,19 @@ def train_rows(args):
     training += ["--config", args.config] if args.config else []
     training += ["--overwrite" if args.overwrite else "--resume"]
     for seed in args.seeds:
-        starts = {}
+        starts, lost = {}, {}
         for weights in dict.fromkeys(args.weights):
             starts[weights] = weights
             if weights in PRETRAINED:
                 starts[weights] = out / f"contrastive-{weights}-seed{seed}.pt"
                 flags = ["--positives", weights, "--seed", seed, "--out", starts[weights]]
-                error = call("pretrain", *training, *flags)
-                if error:
-                    failed.setdefault(error, []).append(starts[weights].stem)
-                    del starts[weights]
+                lost[weights] = call("pretrain", *training, *flags)
         rows = product(starts, dict.fromkeys(args.tasks), dict.fromkeys(args.lr_strategies))
         for weights, task, strategy in rows:
             path = out / f"{task}-{weights}-{strategy}-seed{seed}.pt"
             flags = ["--multitask" if task == "multitask" else "--no-multitask", "--lr-strategy", strategy]
             flags += ["--init", starts[weights], "--seed", seed, "--out", path]
-            error = call("finetune", *training, *flags)
+            error = lost.get(weights) or call("finetune", *training, *flags)
             if error:
                 failed.setdefault(error, []).append(path.stem)
             else:
