@@ -473,7 +473,11 @@ def get_parser():
     parser = cli.script_parser("predict", __doc__)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="PICTURE", help="pictures, and folders of them")
-    add("--aligned", action="store_true", help="each picture is one face crop as in UTKFace: find no faces")
+    add(
+        "--aligned",
+        action="store_true",
+        help="each picture is one face crop as in UTKFace: find no faces; not with --detector",
+    )
     add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
     add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
     add("--csv", metavar="FILE", help="table to write, a row a face")

@@ -289,9 +289,9 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     state = load_checkpoint(last, f"{kind}.last")
     old, new = state["config"], settings_of(args)
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not same_place(key, old, new):
-            flag = "--" + key.replace("_", "-")
-            what = f"{flag} {old.get(key)}, not {new.get(key)}"
+        before, now = old.get(key) or None, new.get(key) or None  # a flag that there was not yet was off
+        if before != now and not same_place(key, old, new):
+            what = f"--{key.replace('_', '-')} {before or 'off'}, not {now or 'off'}"
             if key == "init_sha256":
                 what = f"another file behind --init {args.init}"
             raise UserError(f"{last} was made with {what}: --overwrite starts again")

@@ -100,6 +100,18 @@ def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, scri
     assert torch.equal(firsts[0], firsts[1]) and not torch.equal(firsts[0], firsts[2])
 
 
+def test_a_run_of_before_there_was_a_flag_counts_as_one_with_it_off(drawn, tmp_path, cli, refuse):
+    run = ["finetune", "--data", drawn / "dataset/processed_split", *FAST, "--init", "random"]
+    run += ["--epochs", 1, "--out", tmp_path / "m.pt"]
+    assert cli(*run, "--attribute-weight", 0)[0] == 0
+    state = torch.load(tmp_path / "m.last.pt", weights_only=True)
+    del state["config"]["attribute_weight"]
+    torch.save(state, tmp_path / "m.last.pt")
+    refuse(*run, words=["--attribute-weight off, not 0.3"])
+    code, printed, _ = cli(*run, "--attribute-weight", 0)
+    assert code == 0 and "resumed" in printed
+
+
 def test_what_may_be_continued(drawn, tmp_path, cli, refuse, monkeypatch):
     """A run with the same settings, however its paths are spelled, as long as they lead to the same bytes."""
     data = tmp_path / "split"
