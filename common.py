@@ -92,11 +92,14 @@ def seed_augmentation(augment: A.Compose, *key: int):
 # ------------------------------------------------------------------------------------------------------------
 
 
+ATTRIBUTES = {"gender": len(GENDERS), "race": len(RACES)}  # classes of each, in the order of their logits
+
+
 class FaceDataset(Dataset):
     """Faces of split folders, one or several, decoded once and kept in memory as uint8 for all workers.
 
     A batch is a dict of tensors: `image` uint8 (B, H, W, 3) RGB; `mask` uint8 (B, H, W) in {0, 1}, with
-    `with_masks`; `age` (B,) in years; `group` (B,) 0–5; `gender` and `race` (B,) as the names say. Without
+    `with_masks`; `age` (B,) in years; `group` (B,) 0–5; `gender` (B,) 0–1 and `race` (B,) 0–4. Without
     `view` the pictures are the faces resized to `image_size` (those squares are also in `.images` and
     `.masks`). With it, each face gives `views` of them in a row, drawn from (seed, epoch, index) alone,
     whatever worker asks. An index may be an int or the pair (epoch, index).
@@ -114,8 +117,6 @@ class FaceDataset(Dataset):
         self.augment = augmentation(view, image_size) if view else None
         self.ages = np.array([face.age for face in self.faces])
         self.groups = age_to_group(self.ages)
-        self.genders = np.array([face.gender for face in self.faces])
-        self.races = np.array([face.race for face in self.faces])
         # A random crop is enlarged to the output's side: a quarter more pixels than that keep it sharp.
         side = image_size * 5 // 4 if view else image_size
         # Tensors, because where workers are not forked those are shared with them, and arrays copied.
@@ -162,7 +163,7 @@ class FaceDataset(Dataset):
                 if mask is not None:
                     mask[place] = binary(torch.from_numpy(moved["mask"]))
         batch = {"image": image, "age": self.ages[indices], "group": self.groups[indices]}
-        batch |= {"gender": self.genders[indices], "race": self.races[indices]}
+        batch |= {name: [getattr(self.faces[index], name) for index in indices] for name in ATTRIBUTES}
         batch |= {} if mask is None else {"mask": mask}
         return {name: torch.as_tensor(values) for name, values in batch.items()}
 
@@ -217,9 +218,6 @@ class MaskDecoder(nn.Module):
         return F.interpolate(self.predict(x), scale_factor=2.0, mode="bilinear")  # B×1×H×W
 
 
-ATTRIBUTES = {"gender": len(GENDERS), "race": len(RACES)}  # classes of each, in the order of their logits
-
-
 class MultitaskResNet18(nn.Module):
     """ResNet18 (torchvision) with a head for age groups and, if `multitask`, a decoder for the face mask.
 
@@ -240,9 +238,10 @@ class MultitaskResNet18(nn.Module):
     def forward(self, images: Tensor, years: bool = False) -> tuple[Tensor, Tensor | None]:
         """Normalised images (B, 3, H, W) → group logits (B, 6), mask logits (B, 1, H, W) or None.
 
-        years: the logits of single years (B, YEARS) instead, from a model `by_year`. In training mode, with
-        `attributes`, theirs (B, 7) are further columns of what the head tells. Raises ValueError if there is
-        a decoder and H or W is no multiple of 32.
+        years: the logits of single years (B, YEARS) instead, from a model `by_year`. In training mode a
+        model with `attributes` has the logits of gender (B, 2) and race (B, 5) behind those of its head,
+        unless it sums years into groups. Raises ValueError if there is a decoder and H or W is no multiple of
+        32.
         """
         if self.decoder is not None and (images.shape[-2] % 32 or images.shape[-1] % 32):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(images.shape[-2:])}")
@@ -255,7 +254,8 @@ class MultitaskResNet18(nn.Module):
         return group_logits(logits[:, :YEARS]) if self.by_year and not years else logits, mask_logits
 
     def forward_once(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the head tells, see `forward`, and mask logits (B, 1, H, W) or None, without averaging."""
+        """Logits (B, 6) or (B, YEARS), 7 more in training with `attributes`, and mask logits (B, 1, H, W) or
+        None, without averaging."""
         net = self.backbone
         maps = [net.relu(net.bn1(net.conv1(images)))]  # B×64×H/2×W/2
         x = net.maxpool(maps[0])  # B×64×H/4×W/4
@@ -269,17 +269,17 @@ class MultitaskResNet18(nn.Module):
         return logits, self.decoder(maps) if self.decoder is not None else None
 
 
-def make_model(settings: dict, attributes: bool = False) -> MultitaskResNet18:
+def make_model(settings: dict, training: bool = False) -> MultitaskResNet18:
     """The model, still untrained, that the settings of finetune.py ask for; one that is missing is off.
 
-    attributes: with the head for gender and race, which no checkpoint of a model keeps.
+    training: with the head for gender and race, if they ask for it, which model.pt does not keep.
     """
     return MultitaskResNet18(
         len(GROUP_NAMES),
         multitask=bool(settings.get("multitask")),
         by_year=bool(settings.get("age_sigma")),
         flip_averaging=bool(settings.get("flip_averaging")),
-        attributes=attributes,
+        attributes=training and bool(settings.get("attribute_weight")),
     )
 
 

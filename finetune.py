@@ -122,7 +122,7 @@ def main(args):
     dataset = FaceDataset(folders, args.image_size, SUPERVISED_VIEW, **options)
     val_dataset = None if args.final else FaceDataset(val, args.image_size, **options)
     set_seed(args.seed)
-    model = make_model(vars(args), attributes=args.attribute_weight > 0)
+    model = make_model(vars(args), training=True)
     origin = None if state else init_backbone(model.backbone, args.init)
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
     training = begin_training(args, "model", model, groups, dataset, device, dtype, state, origin)
@@ -140,8 +140,11 @@ def main(args):
         figures = {} if args.final else validate(kept, val_dataset, device)
         score = None if args.final else (-figures["val_accuracy"], figures["val_loss"])
         if args.final or training.best is None or score < tuple(training.best["score"]):
-            weights = {key: value.detach().to("cpu", copy=True) for key, value in kept.state_dict().items()}
-            weights = {key: value for key, value in weights.items() if not key.startswith("attributes.")}
+            weights = {
+                key: value.detach().to("cpu", copy=True)
+                for key, value in kept.state_dict().items()
+                if not key.startswith("attributes.")
+            }
             training.best = {"epoch": epoch + 1, "score": score, "figures": figures, "weights": weights}
         _, age_loss, face_loss = losses.mean(dim=0).tolist()
         row = {"epoch": epoch + 1, "train_loss": age_loss, "train_mask_loss": face_loss, **figures}

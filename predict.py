@@ -221,6 +221,8 @@ def predict(loaded, image):
     on mid-grey where it is transparent. Raises ValueError for anything else or below `MIN_SIDE` a side.
     """
     if isinstance(image, Image.Image):
+        if image.mode in ("I", "F"):
+            raise ValueError(f"a PIL image of mode {image.mode}, whose range is not known")
         image = cv2.cvtColor(flatten(image), cv2.COLOR_BGR2RGB)
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < MIN_SIDE:
@@ -262,6 +264,7 @@ def list_pictures(inputs, outputs):
             what = "holds no picture" if path.is_dir() else "is not there"
             raise UserError(f"{path} {what}: name pictures, or a folder of them")
         paths += sorted(pictures)
+    paths = list({os.path.abspath(path): path for path in paths}.values())  # each once, however often named
     if others or masks:
         named = ", ".join(map(str, (sorted(others) + sorted(masks))[:3])) + ", …" * (len(others + masks) > 3)
         counts = f"{len(others)} files that are no pictures, {len(masks)} face masks"
@@ -525,8 +528,10 @@ def main(args):
     def attempt(write, *arguments):  # what cannot be written is named at the end, and the rest is done
         try:
             write(*arguments)
+            return True
         except (UserError, ValueError, OSError) as error:
             failed.append(f"failed: {error}\n")
+            return False
 
     for picture in score_pictures(paths, loaded, args.workers):
         if picture.reason:
@@ -549,10 +554,9 @@ def main(args):
         age = "" if row["predicted_age"] is None else f"{row['predicted_age']:.0f}"
         chances = "".join(f"{row[f'p{group}']:>13.1%}" for group in range(len(GROUP_NAMES)))
         print(f"{row['file']:{width}}  {row['face']:4}  {row['group']:12}  {age:>4}{chances}")
-    for path, write in ((args.csv, write_csv), (args.json, write_json)):
-        if path:
-            attempt(write, path, rows)
-    named = ", ".join(filter(None, (args.csv, args.json, args.overlay, args.masks)))
+    tables = ((args.csv, write_csv), (args.json, write_json))
+    tables = [path for path, write in tables if path and attempt(write, path, rows)]
+    named = ", ".join(filter(None, (*tables, args.overlay, args.masks)))
     written = f"; written: {named}" if named else ""
     print(f"{len(rows)} faces in {len(paths) - len(skipped)} pictures, {len(skipped)} skipped{written}")
     if failed:

@@ -289,9 +289,9 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     state = load_checkpoint(last, f"{kind}.last")
     old, new = state["config"], settings_of(args)
     for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key) or None, new.get(key) or None  # a flag that there was not yet was off
-        if before != now and not same_place(key, old, new):
-            what = f"--{key.replace('_', '-')} {before or 'off'}, not {now or 'off'}"
+        before, now = old.get(key), new.get(key)  # a flag that there was not yet was off
+        if (before or None) != (now or None) and not same_place(key, old, new):
+            what = f"--{key.replace('_', '-')} {'off' if before is None else before}, not {now}"
             if key == "init_sha256":
                 what = f"another file behind --init {args.init}"
             raise UserError(f"{last} was made with {what}: --overwrite starts again")

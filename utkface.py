@@ -140,7 +140,10 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
 
 def flatten(picture: Image.Image, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
     """A PIL image, upright as its EXIF says, as `decode_image` returns it."""
-    picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    picture = picture.convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, MID_GREY), picture)
     grey = flags == cv2.IMREAD_GRAYSCALE
     return cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGBA2GRAY if grey else cv2.COLOR_RGBA2BGR)

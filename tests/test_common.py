@@ -434,7 +434,9 @@ def test_flip_averaging_is_blind_to_mirroring():
 
 def test_attributes_are_told_in_training_alone():
     torch.manual_seed(0)
-    model = common.make_model({"age_sigma": 2, "flip_averaging": True}, attributes=True)
+    model = common.make_model(
+        {"age_sigma": 2, "flip_averaging": True, "attribute_weight": 0.3}, training=True
+    )
     images = torch.randn(2, 3, 64, 64)
     assert model(images)[0].shape == (2, 6) and model(images, years=True)[0].shape == (2, 108)
     model.eval()

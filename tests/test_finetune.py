@@ -117,7 +117,9 @@ def test_every_head_learns(sigma):
     batch = {"image": torch.randn(4, 3, 32, 32), "mask": (torch.rand(4, 1, 32, 32) > 0.5).to(torch.uint8)}
     batch |= {"age": torch.tensor([1, 20, 40, 110]), "group": torch.tensor([0, 2, 3, 5])}
     batch |= {"gender": torch.tensor([0, 1, 1, 0]), "race": torch.tensor([4, 0, 2, 1])}
-    model = make_model({"multitask": True, "age_sigma": sigma}, attributes=True).train()
+    model = make_model(
+        {"multitask": True, "age_sigma": sigma, "attribute_weight": 0.7}, training=True
+    ).train()
     args = Namespace(mask_weight=0.3, attribute_weight=0.7, age_sigma=sigma)
     losses = finetune.multitask_losses(model, batch, args)
     logits, _ = model(batch["image"], years=sigma > 0)

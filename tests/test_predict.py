@@ -241,8 +241,9 @@ def test_names_that_are_no_text_or_too_long(model, tmp_path, cli):
     (tmp_path / "full").symlink_to("/dev/full")
     (tmp_path / "in" / ("n" * 245 + ".png")).unlink()
     flags[-3] = "full"
-    code, _, err = cli("predict", "in", *flags, cwd=tmp_path)
+    code, out, err = cli("predict", "in/a.png", "in", "./in/z.png", *flags, cwd=tmp_path)
     assert code == 1 and "failed: full cannot be written" in err
+    assert "3 faces in 3 pictures" in out and "written: f.json" in out  # each once
     assert len(json.loads((tmp_path / "f.json").read_text())) == 3
 
 
@@ -471,6 +472,9 @@ def test_from_python(drawn, model):
     for wrong in (image[..., 0], image / 255, image[:0], image[:1, :1]):
         with pytest.raises(ValueError, match="uint8"):
             predict.predict(loaded, wrong)
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match=f"mode {mode}"):
+            predict.predict(loaded, Image.new(mode, (80, 80)))
 
 
 def test_pil_images_are_turned_and_laid_on_grey(drawn, model):

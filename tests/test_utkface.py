@@ -196,6 +196,13 @@ def test_huge_pictures_are_refused_before_they_are_decoded(width, height):
         decode_image(png_header(width, height))
 
 
+def test_16_bits_are_scaled_and_not_clipped():
+    ramp = np.repeat(np.linspace(0, 65535, 64).astype(np.uint16)[None], 32, axis=0)
+    grey = flatten(Image.fromarray(ramp))
+    assert np.array_equal(grey, decode_image(encoded(Image.fromarray(ramp), "PNG")))
+    assert grey[0, :, 0].tolist() == (ramp[0] >> 8).tolist()
+
+
 def test_small_pictures_are_refused():
     assert decoded(encoded(face(16, 16), "PNG")).shape == (16, 16, 3)
     for size in ((15, 80), (80, 15), (1, 1)):

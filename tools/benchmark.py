@@ -80,7 +80,7 @@ def measure_training(_, pairs: Path, args, device):
     flags += ["--image-size", args.image_size, "--batch-size", args.batch_size]
     settings = cli.parse_args(finetune.get_parser(), [str(flag) for flag in flags])
     dataset = common.FaceDataset(pairs, args.image_size, common.SUPERVISED_VIEW, workers=args.workers)
-    model = common.make_model(vars(settings), attributes=settings.attribute_weight > 0)
+    model = common.make_model(vars(settings), training=True)
     groups = common.build_param_groups(model, settings.lr)
     dtype = common.choose_precision(args.precision, device)
     t = training.begin_training(settings, "model", model, groups, dataset, device, dtype, None, None)
