@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import re
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,30 +32,69 @@ GROUP_NAMES = list(AGE_GROUPS)
 GENDERS = ("male", "female")  # as UTKFace labels them
 RACES = ("White", "Black", "Asian", "Indian", "Others")
 
-STEM = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d+)", re.ASCII)
-FACE_NAME = re.compile(
-    rf"({STEM.pattern})\.(?:jpg\.chip\.)?(?:jpg|jpeg|png|webp|bmp)", re.ASCII | re.IGNORECASE
+UTKFACE_NAME = re.compile(
+    r"(\d{1,3}_[01]_[0-4]_\d+)\.(?:jpg\.chip\.)?(?:jpg|jpeg|png|webp|bmp)", re.ASCII | re.IGNORECASE
 )
+YEARS = r"\d{1,3}(?:\.\d+)?"
+STEM = re.compile(rf"({YEARS})(?:-({YEARS}))?_([01x])_([0-4x])_(.+)", re.ASCII)
+UNSAFE = re.compile(r'[%/\\:*?"<>|\x00-\x1f\x7f\udc80-\udcff]')  # what a file name cannot hold everywhere
 
 
 class Face(NamedTuple):
-    """What a UTKFace file name says: stem `<age>_<gender>_<race>_<timestamp>`, age in years, labels."""
+    """What the name of a pair says: `<age>_<gender>_<race>_<timestamp>` in UTKFace.
+
+    Own faces have their picture's path in place of the timestamp. Their age may have decimals or be a range
+    of years (`31.5`, `20-29`), and `x` stands for an unknown gender or race.
+    """
 
     stem: str
-    age: int
-    gender: int
-    race: int
+    age: float  # years, an int where they are whole; the middle of a range
+    gender: int = -1  # index into GENDERS, -1 if unknown
+    race: int = -1  # index into RACES, -1 if unknown
+    spread: float = 0  # years from the middle of a range to its ends
+
+    @property
+    def group(self) -> int:
+        """Index of the age group, 0–5, or -1 where a range crosses groups."""
+        first, last = age_to_group([self.age - self.spread, self.age + self.spread]).tolist()
+        return first if first == last else -1
+
+
+def parse_stem(stem: str) -> Face | None:
+    """What a stem such as `26_1_0_20170116184751593` or `20-29_x_3_train%2F1.jpg` says, None if malformed."""
+    match = STEM.fullmatch(stem)
+    if not match:
+        return None
+    first, last = (float(years) if "." in years else int(years) for years in (match[1], match[2] or match[1]))
+    gender, race = (-1 if label == "x" else int(label) for label in (match[3], match[4]))
+    if first == last:
+        return Face(stem, first, gender, race)
+    return Face(stem, (first + last) / 2, gender, race, (last - first) / 2) if first < last else None
 
 
 def parse_name(name: str) -> Face | None:
-    """What a name such as `26_1_0_20170116184751593.jpg.chip.jpg` says, or None if it is malformed."""
-    match = FACE_NAME.fullmatch(name)
-    return Face(match[1], int(match[2]), int(match[3]), int(match[4])) if match else None
+    """What a file of UTKFace, such as `26_1_0_20170116184751593.jpg.chip.jpg`, says, None if malformed."""
+    match = UTKFACE_NAME.fullmatch(name)
+    return parse_stem(match[1]) if match else None
+
+
+def make_stem(first: float, last: float, gender: int, race: int, path: str) -> str:
+    """The stem of an own face, as `parse_stem` reads it: years to two decimals, -1 for an unknown label.
+
+    The path is percent-encoded where it must be, and cut if it is long.
+    """
+    years = "-".join(dict.fromkeys(f"{round(year, 2):g}" for year in (first, last)))
+    labels = "_".join("x" if label < 0 else str(label) for label in (gender, race))
+    name = UNSAFE.sub(lambda letter: f"%{ord(letter[0]) & 0xFF:02X}", path)
+    if len(name.encode()) > 180:  # file systems take 255 bytes
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        name = f"{name.encode()[:160].decode(errors='ignore')}-{digest}"
+    return f"{years}_{labels}_{name}"
 
 
 def age_to_group(ages):
-    """Group index 0–5 of an age or an array of ages in years."""
-    return np.searchsorted([last for _, last in AGE_GROUPS.values()], ages)
+    """Group index 0–5 of an age or an array of ages in years; 4.5 counts as 5."""
+    return np.searchsorted([last for _, last in AGE_GROUPS.values()], np.floor(np.asarray(ages) + 0.5))
 
 
 def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
@@ -61,7 +102,7 @@ def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: run the stage that writes it, or name another")
-    names = {entry.name for entry in os.scandir(folder)}
+    names = set(os.listdir(folder))
     images = sorted(name for name in names if name.endswith("_image.png"))
     if not images:
         raise UserError(
@@ -70,15 +111,43 @@ def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
     faces = []
     for name in images:
         stem = name.removesuffix("_image.png")
-        match = STEM.fullmatch(stem)
-        if not match:
-            raise UserError(
-                f"{folder / name}: the name does not start <age>_<gender>_<race>_<timestamp>; remove it"
-            )
+        face = parse_stem(stem)
+        if face is None:
+            raise UserError(f"{folder / name}: the name does not start <age>_<gender>_<race>_; remove it")
         if need_masks and f"{stem}_mask.png" not in names:
             raise UserError(f"{folder / name} has no {stem}_mask.png beside it: run masks.py again")
-        faces.append(Face(stem, *map(int, match.groups()[:3])))
+        faces.append(face)
     return faces
+
+
+def walk_files(folder: str | Path, leave_out: Iterable = ()) -> tuple[list[Path], dict[Path, str]]:
+    """The files below a folder, sorted, and the reason for each path that cannot be read.
+
+    Links are followed, and each folder is read once. The folders in `leave_out` and Synology's `@eaDir` are
+    not searched.
+    """
+    files, unreadable, tops = [], {}, [folder]
+    seen = {os.path.realpath(path) for path in leave_out}
+
+    def refuse(error):
+        unreadable[Path(error.filename)] = error.strerror
+
+    while tops:  # links to folders come last: what lies below `folder` goes by its own name
+        for place, folders, names in os.walk(tops.pop(0), onerror=refuse):
+            if os.path.realpath(place) in seen or os.path.basename(place) == "@eaDir":
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
+            tops += [path for path in (Path(place, name) for name in sorted(folders)) if path.is_symlink()]
+            for path in (Path(place, name) for name in names):
+                try:
+                    if stat.S_ISREG(path.stat().st_mode):
+                        files.append(path)
+                    else:
+                        unreadable[path] = "not a regular file"
+                except OSError as error:
+                    refuse(error)
+    return sorted(files), unreadable
 
 
 def split_settings(folder: str | Path) -> dict:
@@ -102,10 +171,10 @@ ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # without which OpenCV fills what 
 MID_GREY = (128, 128, 128, 255)  # what lies under transparent pixels
 
 
-def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an image to uint8 BGR (H, W, 3), or grey (H, W), upright as its EXIF says, on mid-grey.
 
-    Raises ValueError with the reason if it is no whole image, below `MIN_SIDE` a side, or above `MAX_PIXELS`
+    Raises ValueError with the reason if it is no whole image, below `MIN_SIDE` a side, or above `max_pixels`
     in all, seen before decoding.
     """
     try:
@@ -113,11 +182,11 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
             form, (width, height) = header.format, header.size
             transparent = "A" in header.getbands() or "transparency" in header.info
     except Image.DecompressionBombError:
-        raise ValueError(f"above {MAX_PIXELS // 10**6} million pixels") from None
+        raise ValueError(f"above {max_pixels // 10**6} million pixels") from None
     except Exception:  # what Pillow raises depends on where a file breaks
         raise ValueError("unreadable image") from None
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, above {MAX_PIXELS // 10**6} million")
+    if width * height > max_pixels:
+        raise ValueError(f"{width}x{height} pixels, above {max_pixels // 10**6} million")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width}x{height} pixels, below {MIN_SIDE} a side")
     turned = form == "AVIF"  # which OpenCV does not turn as EXIF says

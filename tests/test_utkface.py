@@ -1,8 +1,11 @@
 """What UTKFace is on disk: names and groups, and one decoder for every picture."""
 
+import errno
 import io
+import os
 import struct
 import zlib
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -21,12 +24,15 @@ from utkface import (
     decode_image,
     flatten,
     list_pairs,
+    make_stem,
     parse_name,
+    parse_stem,
     pixel_hash,
     read_image,
     read_pair,
     resize,
     split_settings,
+    walk_files,
 )
 
 # Names and groups
@@ -37,6 +43,7 @@ def test_age_groups():
     assert list(AGE_GROUPS) == GROUP_NAMES
     bounds = [0, 4, 5, 14, 15, 24, 25, 44, 45, 64, 65, 99, 100, 116]
     assert age_to_group(bounds).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
+    assert age_to_group([4.49, 4.5, 24.4, 24.5, 64.99]).tolist() == [0, 1, 2, 3, 5] and age_to_group(64) == 4
 
 
 def test_labels_are_in_the_order_of_utkface():
@@ -46,13 +53,51 @@ def test_labels_are_in_the_order_of_utkface():
 @pytest.mark.parametrize("ending", [".jpg.chip.jpg", ".webp", ".PNG"])
 def test_good_names(ending):
     face = parse_name("26_1_3_20170116184751593" + ending)
-    assert face == ("26_1_3_20170116184751593", 26, 1, 3)
-    assert (face.stem, face.age, face.gender, face.race) == face
+    assert face == ("26_1_3_20170116184751593", 26, 1, 3, 0) and isinstance(face.age, int)
+    assert (face.stem, face.age, face.gender, face.race, face.spread) == face and face.group == 3
+
+
+@pytest.mark.parametrize(
+    "labels, stem, face",
+    [
+        ((31, 31, 1, 4, "a.jpg"), "31_1_4_a.jpg", (31, 1, 4, 0)),
+        ((31.456, 31.456, 0, -1, "a b.jpg"), "31.46_0_x_a b.jpg", (31.46, 0, -1, 0)),
+        ((20, 29, -1, 0, "b/c_image.png"), "20-29_x_0_b%2Fc_image.png", (24.5, -1, 0, 4.5)),
+        ((0, 2, -1, -1, 'a\n:\\%"\udcff.jpg'), "0-2_x_x_a%0A%3A%5C%25%22%FF.jpg", (1, -1, -1, 1)),
+    ],
+)
+def test_names_of_own_faces(labels, stem, face):
+    assert make_stem(*labels) == stem
+    assert parse_stem(stem) == (stem, *face)
+    assert unquote(stem, errors="surrogateescape").endswith(labels[-1])
+
+
+def test_long_paths_are_cut_and_stay_apart():
+    stems = [make_stem(1, 1, 0, 0, "面" * 80 + f"/{i}.jpg") for i in range(3)]
+    assert len(set(stems)) == 3 and all(len(f"{stem}_image.png".encode()) < 255 for stem in stems)
+    assert all(parse_stem(stem).stem == stem for stem in stems)
+
+
+@pytest.mark.parametrize(
+    "years, group",
+    [("4", 0), ("4.6", 1), ("0-4", 0), ("3-9", -1), ("25-44", 3), ("25-45", -1), ("65-100", 5)],
+)
+def test_a_range_has_a_group_where_it_lies_within_one(years, group):
+    assert parse_stem(f"{years}_x_x_a").group == group
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["", "face", "29-20_0_0_a", "-3_0_0_a", "3_2_0_a", "3_0_5_a", "3_0_0_", "3_0_a", "x_0_0_a", "3-_0_0_a"],
+)
+def test_malformed_stems(stem):
+    assert parse_stem(stem) is None
 
 
 @pytest.mark.parametrize(
     "name",
     [
+        "31_x_x_20170116184751593.jpg",
         "39_1_20170116174525125.jpg.chip.jpg",
         "24_0_1_20170116220224657 .jpg.chip.jpg",
         "55_0_0_20170116232725357jpg.chip.jpg",
@@ -77,6 +122,34 @@ def test_pairs_are_listed_in_order_and_checked(tmp_path):
     (tmp_path / "face_image.png").write_text("")
     with pytest.raises(UserError, match=r"face_image\.png"):
         list_pairs(tmp_path, need_masks=False)
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    top, other = tmp_path / "top", tmp_path / "other"
+    for path in (top / "z/1.jpg", top / "z/@eaDir/1.jpg/thumb.jpg", top / "out/2.jpg", other / "deep/3.jpg"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    for link, target in (
+        ("a", "z"), ("z/loop", ".."), ("b", other), ("c", other), ("4.jpg", other / "deep/3.jpg"),
+        ("gone.jpg", "nowhere"), ("self.jpg", "self.jpg"),
+    ):  # fmt: skip
+        (top / link).symlink_to(target)
+    os.mkfifo(top / "pipe.jpg")
+    scandir, locked = os.scandir, other / "locked"
+    locked.mkdir()
+
+    def refuse(path):
+        if os.path.realpath(path) == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    files, unreadable = walk_files(top, [top / "out"])
+    assert files == [top / name for name in ("4.jpg", "b/deep/3.jpg", "z/1.jpg")]
+    assert {path.relative_to(top).as_posix(): reason for path, reason in unreadable.items()} == {
+        "b/locked": "Permission denied", "gone.jpg": "No such file or directory",
+        "self.jpg": "Too many levels of symbolic links", "pipe.jpg": "not a regular file",
+    }  # fmt: skip
 
 
 def test_how_a_split_was_made(tmp_path):
@@ -194,6 +267,8 @@ def png_header(width, height):
 def test_huge_pictures_are_refused_before_they_are_decoded(width, height):
     with pytest.raises(ValueError, match="above 50 million"):
         decode_image(png_header(width, height))
+    with pytest.raises(ValueError, match="unreadable|truncated" if width == height == 7072 else "above 100"):
+        decode_image(png_header(width, height), max_pixels=100_000_000)
 
 
 def test_16_bits_are_scaled_and_not_clipped():
