@@ -1,0 +1,293 @@
+"""Faces in any photograph: YuNet finds them, and each is brought to UTKFace's geometry and back. No torch.
+
+detect = open_detector()
+for crop in find_crops(image, detect):  # uint8 RGB (H, W, 3)
+    ...
+"""
+
+import hashlib
+import threading
+from functools import partial
+from http.client import HTTPException
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from cli import UserError
+from utkface import central_square
+
+# ------------------------------------------------------------------------------------------------------------
+# Geometry. Places are in pixels from the picture's corner; the first pixel's middle lies at 0.5, 0.5.
+# ------------------------------------------------------------------------------------------------------------
+
+# Where right eye, left eye, nose and the right and left corner of the mouth (the person's) lie in UTKFace's
+# crops, as shares of the side: medians over 597 of them, as MediaPipe's mesh finds them.
+LANDMARKS = np.array([(0.300, 0.300), (0.686, 0.302), (0.491, 0.547), (0.326, 0.690), (0.660, 0.690)])
+SQUARE = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])  # a crop's corners
+LARGEST_CROP = 512
+
+
+class Crop(NamedTuple):
+    """A face brought to UTKFace's geometry.
+
+    pixels: uint8 RGB (S, S, 3). box: x, y, width, height in the picture. warp: float (2, 3), the map from
+    places in the picture to places in the crop as shares of its side. score: the detector's, 0 to 1, and
+    landmarks: float (5, 2) in the picture, both None where no detector was asked.
+    """
+
+    pixels: np.ndarray | None
+    box: tuple[int, int, int, int]
+    warp: np.ndarray
+    score: float | None = None
+    landmarks: np.ndarray | None = None
+
+
+def apply(warp, points):
+    """Points (N, 2) moved by a map (2, 3)."""
+    return points @ warp[:, :2].T + warp[:, 2]
+
+
+def compose(outer, inner):
+    """The map (2, 3) that applies `inner`, then `outer`."""
+    return outer @ np.vstack([inner, (0, 0, 1)])
+
+
+def to_pixels(warp, side):
+    """A crop's map as OpenCV takes it, from pixel to pixel, where whole numbers are middles of pixels."""
+    scaled = warp * side
+    scaled[:, 2] += scaled[:, :2].sum(axis=1) / 2 - 0.5
+    return scaled
+
+
+def quarter_turn(quarters, width, height):
+    """The map (2, 3) that turns a picture of that size by quarters, with its corner at 0, 0 again."""
+    cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters]
+    turn = np.array([[cosine, -sine], [sine, cosine]])
+    low = (SQUARE * (width, height) @ turn.T).min(axis=0)
+    return np.column_stack([turn, -low])
+
+
+def move(faces, warp):
+    """Rows of YuNet's, (N, 15), moved by a map (2, 3) that turns by quarters at most."""
+    first, last = apply(warp, faces[:, :2]), apply(warp, faces[:, :2] + faces[:, 2:4])
+    landmarks = apply(warp, faces[:, 4:14].reshape(-1, 2)).reshape(-1, 10)
+    return np.column_stack([np.minimum(first, last), np.abs(last - first), landmarks, faces[:, 14]])
+
+
+def region(warp, shape, margin=2):
+    """The part of a picture of `shape` that a crop covers, as two slices (rows, columns), not empty."""
+    corners = apply(cv2.invertAffineTransform(warp), SQUARE)
+    size = np.array(shape[1::-1])
+    low = np.clip(np.floor(corners.min(axis=0)).astype(int) - margin, 0, size - 1)
+    high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + margin, low + 1, size)
+    return slice(low[1], high[1]), slice(low[0], high[0])
+
+
+def cut(image, warp, side):
+    """Pixels (side, side, 3) of the crop that `warp` maps out of a picture (H, W, 3).
+
+    Where the picture is finer than the crop it is first averaged down, since interpolation alone would skip
+    pixels. Beyond the picture its edge goes on.
+    """
+    rows, columns = region(warp, image.shape)
+    part = image[rows, columns]
+    warp = compose(warp, np.array([[1, 0, columns.start], [0, 1, rows.start]]))
+    scale = side * np.sqrt(abs(np.linalg.det(warp[:, :2])))  # pixels of the crop per pixel of the picture
+    if scale < 1:
+        whole = np.array(part.shape[1::-1])
+        size = np.maximum(1, np.rint(whole * scale).astype(int))
+        part = cv2.resize(part, size.tolist(), interpolation=cv2.INTER_AREA)
+        warp = warp @ np.diag([*(whole / size), 1])
+    return cv2.warpAffine(part, to_pixels(warp, side), (side, side), borderMode=cv2.BORDER_REPLICATE)
+
+
+def align(image, landmarks):
+    """The crop of a picture (H, W, 3) in which five landmarks (5, 2) lie as in UTKFace, and its map.
+
+    The map turns, scales and shifts alike in both directions, with the least squared distance.
+    """
+    source = landmarks[:, 0] + 1j * landmarks[:, 1]
+    target = LANDMARKS[:, 0] + 1j * LANDMARKS[:, 1]
+    (a, b), *_ = np.linalg.lstsq(np.stack([source, np.ones(5)], axis=1), target, rcond=None)
+    warp = np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+    side = int(np.clip(round(1 / abs(a)), 32, LARGEST_CROP))  # the face's own size, so that nothing is lost
+    return cut(image, warp, side), warp
+
+
+def place_mask(mask, warp, shape):
+    """The mask of a crop, float (S, S) with values 0 to 1, as bool (H, W) in its picture of that `shape`."""
+    placed = np.zeros(shape[:2], bool)
+    rows, columns = region(warp, shape)
+    warp = compose(warp, np.array([[1, 0, columns.start], [0, 1, rows.start]]))
+    size, flags = placed[rows, columns].shape[::-1], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    placed[rows, columns] = cv2.warpAffine(mask, to_pixels(warp, len(mask)), size, flags=flags) > 0.5
+    return placed
+
+
+def clip_box(box, shape):
+    """x, y, width, height as whole pixels within a picture of `shape`."""
+    x, y, width, height = box
+    corners = np.rint([x, y, x + width, y + height]).astype(int)
+    left, top, right, bottom = np.clip(corners, 0, [shape[1], shape[0]] * 2).tolist()
+    return left, top, right - left, bottom - top
+
+
+# ------------------------------------------------------------------------------------------------------------
+# YuNet
+# ------------------------------------------------------------------------------------------------------------
+
+ZOO = "https://media.githubusercontent.com/media/opencv/opencv_zoo/main/models"
+DETECTOR_URL = f"{ZOO}/face_detection_yunet/face_detection_yunet_2023mar.onnx"
+DETECTOR_SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
+MIN_FACE, MIN_SCORE = 20, 0.8  # pixels, and what 99 % of 300 padded faces of UTKFace reach
+SEEN = 20  # pixels that a face must be wide for YuNet to notice most
+NOTICED = 0.3  # score at which a second look is worth while
+STEP, COARSEST = 4, 512  # from scale to scale, down to pictures this long
+TILE, OVERLAP = 1280, 128  # pixels searched at a time, lest memory grow with the picture
+PATCH = 160  # pixels of the second look at a face, twice as wide as it is
+SAME = 0.2  # intersection over union above which two boxes are of one face
+OPENCV_LOG = threading.Lock()  # its level is the whole process's
+THREAD = threading.local()  # a network is not for two threads at once
+
+
+def released_detector():
+    """YuNet's ONNX file as OpenCV publishes it, from torch.hub's cache, or from the network into it.
+
+    It is checked by its hash before every use. Raises UserError if it cannot be had.
+    """
+    from torch import hub  # here, since nothing else in this file needs torch
+
+    cached = Path(hub.get_dir(), "checkpoints", Path(DETECTOR_URL).name)
+    try:
+        if not cached.exists():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            hub.download_url_to_file(DETECTOR_URL, str(cached), DETECTOR_SHA256, progress=False)
+            print(f"face detector downloaded to {cached}")
+        data = cached.read_bytes()
+    except (OSError, RuntimeError, HTTPException) as error:  # no network, another file, no room
+        place = f"put {DETECTOR_URL} into {cached.parent}"
+        raise UserError(f"no face detector ({error}): {place}, or give --aligned for face crops") from None
+    if hashlib.sha256(data).hexdigest() != DETECTOR_SHA256:
+        raise UserError(f"{cached} is not YuNet's file (its SHA-256 differs): delete it, and run again")
+    return data
+
+
+def open_detector(path=None, min_score=MIN_SCORE, min_face=MIN_FACE):
+    """A function from a picture, uint8 RGB (H, W, 3), to its faces, float (N, 15), from left to right.
+
+    Rows are YuNet's: box (x, y, width, height), five landmarks (x, y each), score. Threads can share the
+    function, and it can be pickled. path: another file than `released_detector`. min_score: 0 to 1;
+    min_face: pixels that a face's box must be wide. Raises UserError if the file is missing or anything else.
+    """
+    try:
+        data = Path(path).read_bytes() if path else released_detector()
+        look = partial(run_network, data)
+        look(np.zeros((64, 64, 3), np.uint8))
+    except (OSError, cv2.error):
+        raise UserError(f"--detector {path} cannot be read as a face detector: name YuNet's file") from None
+    return partial(detect, look, min_score, min_face)
+
+
+def run_network(data, image):
+    """What YuNet, given as its file's bytes, says of a picture as it is: rows as in `open_detector`."""
+    if getattr(THREAD, "data", None) is not data:
+        log = cv2.utils.logging
+        with OPENCV_LOG:  # OpenCV 5 warns that its new engine knows no targets; none was asked for
+            before = log.setLogLevel(log.LOG_LEVEL_SILENT)
+            try:
+                buffer = np.frombuffer(data, np.uint8)
+                THREAD.network = cv2.FaceDetectorYN.create("onnx", buffer, buffer[:0], (32, 32), NOTICED)
+            finally:
+                log.setLogLevel(before)
+        THREAD.data = data
+    THREAD.network.setInputSize(image.shape[1::-1])
+    faces = THREAD.network.detect(np.ascontiguousarray(image[:, :, ::-1]))[1]  # it expects BGR
+    return np.zeros((0, 15)) if faces is None else faces.astype(float)
+
+
+def detect(look, min_score, min_face, image):
+    """The faces of a picture, float (N, 15) as in `open_detector`; `look` is a network's `run_network`.
+
+    What `search` notices counts if a closer look is sure of it. The picture is turned until most of its faces
+    stand upright: cameras forget to say how they were held.
+    """
+    ways = []
+    for quarters in range(4):
+        turned = np.rot90(image, quarters)
+        found = [look_closely(look, turned, face) for face in search(look, min_face, turned)]
+        found = [(face, turns) for face, turns in found if face[14] >= min_score]
+        upright = sum(turns == 0 for _, turns in found)
+        back = quarter_turn(quarters, turned.shape[1], turned.shape[0])
+        ways.append((upright, move(np.array([face for face, _ in found]).reshape(-1, 15), back)))
+        if upright > len(found) / 2:
+            break
+    return each_once(max(ways, key=lambda way: way[0])[1])
+
+
+def search(look, min_face, image):
+    """The faces in a picture, (N, 15), each once: at several scales, tile by tile, as the picture lies."""
+    found = []
+    size = np.array(image.shape[1::-1])
+    scale = min(1, SEEN / min_face)
+    while True:
+        reduced = np.maximum(32, np.rint(size * scale).astype(int))
+        small = cv2.resize(image, reduced.tolist(), interpolation=cv2.INTER_AREA)
+        for left, top in product(*(range(0, max(1, length - OVERLAP), TILE - OVERLAP) for length in reduced)):
+            faces = look(small[top : top + TILE, left : left + TILE])
+            # What reaches over a tile's edge is whole in the next tile, or at a coarser scale.
+            start, low, high = np.array([left, top]), faces[:, :2], faces[:, :2] + faces[:, 2:4]
+            torn = (low < 0) & (start > 0) | (high > TILE) & (start + TILE < reduced)
+            back = np.diag(size / reduced) @ [[1, 0, left], [0, 1, top]]
+            found.append(move(faces[~torn.any(axis=1)], back))
+        if max(reduced) <= COARSEST:
+            break
+        scale /= STEP
+    found = np.concatenate(found)
+    return each_once(found[found[:, 2:4].max(axis=1) >= min_face])
+
+
+def look_closely(look, image, face):
+    """A face found, (15,), as YuNet is surest of it, and how many quarters to turn the picture by for that.
+
+    YuNet puts the landmarks of a face that stands on its head upright, and only its score tells.
+    """
+    side = 2 * max(face[2:4])
+    centre = face[:2] + face[2:4] / 2
+    upright = np.column_stack([np.eye(2) / side, 0.5 - centre / side])
+    ways = []
+    for quarters in range(4):
+        warp = compose(quarter_turn(-quarters, 1, 1), upright)
+        faces = move(look(cut(image, warp, PATCH)), cv2.invertAffineTransform(warp * PATCH))
+        distance = np.abs(faces[:, :2] + faces[:, 2:4] / 2 - centre).max(axis=1)
+        ways += [(one, quarters) for one in faces[distance < side / 8]]  # others are neighbours
+    return max(ways, key=lambda way: way[0][14], default=(np.zeros(15), 0))
+
+
+def each_once(faces):
+    """Of faces (N, 15) that overlap the surest, from left to right."""
+    kept = cv2.dnn.NMSBoxes(faces[:, :4].tolist(), faces[:, 14].tolist(), 0, SAME)
+    faces = faces[np.array(kept, int)]
+    return faces[np.lexsort(faces[:, :2].T[::-1])]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Both together
+# ------------------------------------------------------------------------------------------------------------
+
+
+def find_crops(image, detect=None):
+    """The faces of a picture, uint8 RGB (H, W, 3), as `Crop`s, from left to right; without `detect`, one."""
+    if detect is None:
+        square = central_square(image)
+        side = len(square)
+        y, x = ((length - side) // 2 for length in image.shape[:2])
+        return [Crop(square, (x, y, side, side), np.array([[1, 0, -x], [0, 1, -y]]) / side)]
+    crops = []
+    for face in detect(image):
+        landmarks = face[4:14].reshape(5, 2)
+        pixels, warp = align(image, landmarks)
+        crops.append(Crop(pixels, clip_box(face[:4], image.shape), warp, float(face[14]), landmarks))
+    return crops
