@@ -25,10 +25,10 @@ from torch.utils.data import Dataset
 from torchvision.models import ResNet18_Weights, resnet18
 
 from cli import UserError, atomic_path, progress, settings_of, shipped
+from devices import autocast, copy_to, gather_rows, merge_ranks, rank, world_size
 from utkface import (
     AGE_GROUPS,
     GENDERS,
-    GROUP_NAMES,
     PIXEL_MEAN,
     PIXEL_STD,
     RACES,
@@ -45,34 +45,34 @@ from utkface import (
 # ------------------------------------------------------------------------------------------------------------
 
 # Chances, degrees, shares of the area, ratios, factors of brightness, contrast and saturation, shifts of hue
-# (1 is the circle), pixels of blur, shares of the sides that are erased. SimCLR's view (Chen et al. 2020,
-# appendix A), its crops mild enough to keep most of a face; and a milder one that leaves the signs of age
-# alone but hides a part of half the faces (random erasing, Zhong et al. 2020).
-CONTRASTIVE_VIEW = {
+# (1 is the circle), pixels of blur, shares of the sides that are erased. The contrastive one is SimCLR's
+# (Chen et al. 2020, appendix A) with crops mild enough to keep most of a face. The supervised one leaves the
+# signs of age alone, but hides a part of half the faces (random erasing, Zhong et al. 2020).
+CONTRASTIVE_AUGMENTATION = {
     "turn": 0, "degrees": 0, "scale": (0.5, 1), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "jitter": 0.8,
     "light": (0.6, 1.4), "hue": (-0.1, 0.1), "grey": 0.2, "blur": 0.3, "sigma": (0.1, 1.5),
     "erase": 0, "box": (0.15, 0.45),
 }  # fmt: skip
-SUPERVISED_VIEW = {
+SUPERVISED_AUGMENTATION = {
     "turn": 0.5, "degrees": 12, "scale": (0.7, 1), "ratio": (0.9, 1.1), "flip": 0.5, "jitter": 0.8,
     "light": (0.7, 1.3), "hue": (-0.03, 0.03), "grey": 0.1, "blur": 0, "sigma": (0.1, 1.5),
     "erase": 0.5, "box": (0.15, 0.45),
 }  # fmt: skip
 
 
-def augmentation(view: dict, image_size: int) -> A.Compose:
-    """The albumentations pipeline of a view (see above), to squares of `image_size` pixels."""
+def build_augmentation(settings: dict, image_size: int) -> A.Compose:
+    """The albumentations pipeline of `settings` (see above), to squares of `image_size` pixels."""
     linear, size = cv2.INTER_LINEAR, (image_size, image_size)
-    light, box = view["light"], view["box"]
+    light, box = settings["light"], settings["box"]
     reflect = {"border_mode": cv2.BORDER_REFLECT, "mask_interpolation": linear}
     steps = (
-        A.Rotate(view["degrees"], **reflect, p=view["turn"]),
-        A.RandomResizedCrop(size, view["scale"], view["ratio"], mask_interpolation=linear),
-        A.HorizontalFlip(p=view["flip"]),
-        A.ColorJitter(light, light, light, view["hue"], p=view["jitter"]),
-        A.ToGray(p=view["grey"]),
-        A.GaussianBlur(blur_limit=0, sigma_limit=view["sigma"], p=view["blur"]),
-        A.CoarseDropout((1, 1), box, box, fill="random", p=view["erase"]),  # the mask stays whole
+        A.Rotate(settings["degrees"], **reflect, p=settings["turn"]),
+        A.RandomResizedCrop(size, settings["scale"], settings["ratio"], mask_interpolation=linear),
+        A.HorizontalFlip(p=settings["flip"]),
+        A.ColorJitter(light, light, light, settings["hue"], p=settings["jitter"]),
+        A.ToGray(p=settings["grey"]),
+        A.GaussianBlur(blur_limit=0, sigma_limit=settings["sigma"], p=settings["blur"]),
+        A.CoarseDropout((1, 1), box, box, fill="random", p=settings["erase"]),  # the mask stays whole
     )
     return A.Compose([step for step in steps if step.p])
 
@@ -100,7 +100,7 @@ class FaceDataset(Dataset):
 
     A batch is a dict of tensors: `image` uint8 (B, H, W, 3) RGB; `mask` uint8 (B, H, W) in {0, 1}, with
     `with_masks`; `age` (B,) in years; `group` (B,) 0–5; `gender` (B,) 0–1 and `race` (B,) 0–4. Without
-    `view` the pictures are the faces resized to `image_size` (those squares are also in `.images` and
+    `augmentation` the pictures are the faces resized to `image_size` (those squares are also in `.images` and
     `.masks`). With it, each face gives `views` of them in a row, drawn from (seed, epoch, index) alone,
     whatever worker asks. An index may be an int or the pair (epoch, index).
 
@@ -109,16 +109,18 @@ class FaceDataset(Dataset):
     is missing or of another size.
     """
 
-    def __init__(self, folders, image_size, view=None, views=1, with_masks=True, seed=0, workers=1):
+    def __init__(self, folders, image_size, augmentation=None, views=1, with_masks=True, seed=0, workers=1):
         folders = [folders] if isinstance(folders, str | Path) else folders
         places = [(folder, face) for folder in folders for face in list_pairs(folder, need_masks=with_masks)]
         self.faces = [face for _, face in places]
-        self.image_size, self.views, self.seed = image_size, views, seed
-        self.augment = augmentation(view, image_size) if view else None
         self.ages = np.array([face.age for face in self.faces])
         self.groups = age_to_group(self.ages)
+        self.labels = {"age": torch.from_numpy(self.ages), "group": torch.from_numpy(self.groups)}
+        self.labels |= {name: torch.tensor([getattr(f, name) for f in self.faces]) for name in ATTRIBUTES}
+        self.views, self.seed = views, seed
+        self.augment = build_augmentation(augmentation, image_size) if augmentation else None
         # A random crop is enlarged to the output's side: a quarter more pixels than that keep it sharp.
-        side = image_size * 5 // 4 if view else image_size
+        side = image_size * 5 // 4 if augmentation else image_size
         # Tensors, because where workers are not forked those are shared with them, and arrays copied.
         self.images = torch.empty((len(self), side, side, 3), dtype=torch.uint8)
         self.masks = torch.empty((len(self), side, side), dtype=torch.uint8) if with_masks else None
@@ -138,7 +140,7 @@ class FaceDataset(Dataset):
             loading = pool.imap_unordered(load, range(len(self)), chunksize=16)
             for _ in progress(loading, f"read {Path(folders[0]).name}", len(self), unit="face"):
                 pass
-        if with_masks and view is None:
+        if with_masks and augmentation is None:
             self.masks = binary(self.masks)
 
     def __len__(self):
@@ -146,26 +148,26 @@ class FaceDataset(Dataset):
 
     def __getitems__(self, keys):
         keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        indices = np.array([index for _, index in keys])
+        rows = torch.tensor([index for _, index in keys]).repeat_interleave(self.views)
+        batch = {name: values[rows] for name, values in self.labels.items()}
         if self.augment is None:
-            image, mask = self.images[indices], None if self.masks is None else self.masks[indices]
-        else:
-            indices = indices.repeat(self.views)
-            shape = (len(indices), self.image_size, self.image_size)
-            image = torch.empty((*shape, 3), dtype=torch.uint8)
-            mask = None if self.masks is None else torch.empty(shape, dtype=torch.uint8)
-            for place, index in enumerate(indices):
-                if place % self.views == 0:
-                    seed_augmentation(self.augment, self.seed, *keys[place // self.views])
-                parts = {"image": self.images} if mask is None else {"image": self.images, "mask": self.masks}
-                moved = self.augment(**{name: pixels[index].numpy() for name, pixels in parts.items()})
-                image[place] = torch.from_numpy(moved["image"])
-                if mask is not None:
-                    mask[place] = binary(torch.from_numpy(moved["mask"]))
-        batch = {"image": image, "age": self.ages[indices], "group": self.groups[indices]}
-        batch |= {name: [getattr(self.faces[index], name) for index in indices] for name in ATTRIBUTES}
-        batch |= {} if mask is None else {"mask": mask}
-        return {name: torch.as_tensor(values) for name, values in batch.items()}
+            batch["image"] = self.images[rows]
+            if self.masks is not None:
+                batch["mask"] = self.masks[rows]
+            return batch
+        drawn = [view for key in keys for view in self.augmented(*key)]
+        batch["image"] = torch.from_numpy(np.stack([view["image"] for view in drawn]))
+        if self.masks is not None:
+            batch["mask"] = binary(torch.from_numpy(np.stack([view["mask"] for view in drawn])))
+        return batch
+
+    def augmented(self, epoch, index):
+        """The `views` of a face in an epoch: dicts of `image` uint8 (H, W, 3) and `mask` uint8 (H, W)."""
+        seed_augmentation(self.augment, self.seed, epoch, index)
+        pixels = {"image": self.images[index].numpy()}
+        if self.masks is not None:
+            pixels["mask"] = self.masks[index].numpy()
+        return [self.augment(**pixels) for _ in range(self.views)]
 
     def __getitem__(self, key):
         batch = self.__getitems__([key])
@@ -180,15 +182,14 @@ def binary(mask: Tensor) -> Tensor:
 @cache  # made once: a step must not wait while they travel to the device
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation (3, 1, 1) of pixels with values 0–255."""
-    mean, std = (
-        torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (PIXEL_MEAN, PIXEL_STD)
-    )
+    mean = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1) * 255
     return mean, std
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
     """uint8 RGB (B, H, W, 3) to normalised float32 (B, 3, H, W) on `device`, in channels-last memory."""
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # B×3×H×W
+    images = copy_to(device, images).permute(0, 3, 1, 2)  # B×3×H×W
     mean, std = pixel_statistics(images.device)
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -218,12 +219,20 @@ class MaskDecoder(nn.Module):
         return F.interpolate(self.predict(x), scale_factor=2.0, mode="bilinear")  # B×1×H×W
 
 
+class Heads(NamedTuple):
+    """What the heads say of B images; None for a head that is not there."""
+
+    age_logits: Tensor  # B×6, or B×YEARS from a model `by_year`
+    mask_logits: Tensor | None  # B×1×H×W
+    attribute_logits: dict[str, Tensor] | None  # B×2 of gender, B×5 of race
+
+
 class MultitaskResNet18(nn.Module):
     """ResNet18 (torchvision) with a head for age groups and, if `multitask`, a decoder for the face mask.
 
-    by_year: the head tells `YEARS` single years, and forward sums them into the groups (num_groups is then
-    the 6 of `AGE_GROUPS`). flip_averaging: in eval mode, the mean over each image and its mirror image.
-    attributes: a further head for gender and race, for training alone.
+    by_year: the head tells `YEARS` single years, which sum into the groups (num_groups is then the 6 of
+    `AGE_GROUPS`). attributes: further heads for gender and race, for training alone. flip_averaging: what
+    `infer` says of a face is its mean over the face and its mirror image.
     """
 
     def __init__(self, num_groups=6, multitask=True, by_year=False, flip_averaging=False, attributes=False):
@@ -235,27 +244,14 @@ class MultitaskResNet18(nn.Module):
         self.attributes = nn.Linear(512, sum(ATTRIBUTES.values())) if attributes else None
         self.by_year, self.flip_averaging = by_year, flip_averaging
 
-    def forward(self, images: Tensor, years: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, images: Tensor, heads: bool = False) -> tuple[Tensor, Tensor | None] | Heads:
         """Normalised images (B, 3, H, W) → group logits (B, 6), mask logits (B, 1, H, W) or None.
 
-        years: the logits of single years (B, YEARS) instead, from a model `by_year`. In training mode a
-        model with `attributes` has the logits of gender (B, 2) and race (B, 5) behind those of its head,
-        unless it sums years into groups. Raises ValueError if there is a decoder and H or W is no multiple of
-        32.
+        heads: returns what each head says instead, as training needs it. Raises ValueError if there is a
+        decoder and H or W is no multiple of 32.
         """
         if self.decoder is not None and (images.shape[-2] % 32 or images.shape[-1] % 32):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(images.shape[-2:])}")
-        logits, mask_logits = self.forward_once(images)
-        if self.flip_averaging and not self.training:
-            mirrored, mirrored_mask = self.forward_once(images.flip(-1))
-            probabilities = (logits.float().softmax(dim=1) + mirrored.float().softmax(dim=1)) / 2
-            logits = probabilities.clamp(min=1e-12).log()
-            mask_logits = None if mask_logits is None else (mask_logits + mirrored_mask.flip(-1)) / 2
-        return group_logits(logits[:, :YEARS]) if self.by_year and not years else logits, mask_logits
-
-    def forward_once(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, 6) or (B, YEARS), 7 more in training with `attributes`, and mask logits (B, 1, H, W) or
-        None, without averaging."""
         net = self.backbone
         maps = [net.relu(net.bn1(net.conv1(images)))]  # B×64×H/2×W/2
         x = net.maxpool(maps[0])  # B×64×H/4×W/4
@@ -263,19 +259,23 @@ class MultitaskResNet18(nn.Module):
             x = layer(x)
             maps.append(x)  # strides 4, 8, 16, 32 with 64, 128, 256, 512 channels
         features = net.avgpool(x).flatten(1)  # B×512
-        logits = self.head(features)  # B×6 or B×YEARS
-        if self.attributes is not None and self.training:
-            logits = torch.cat([logits, self.attributes(features)], dim=1)  # B×13 or B×(YEARS + 7)
-        return logits, self.decoder(maps) if self.decoder is not None else None
+        age_logits = self.head(features)  # B×6 or B×YEARS
+        mask_logits = None if self.decoder is None else self.decoder(maps)  # B×1×H×W
+        if not heads:
+            return group_logits(age_logits) if self.by_year else age_logits, mask_logits
+        attribute_logits = None
+        if self.attributes is not None:
+            parts = self.attributes(features).split(list(ATTRIBUTES.values()), dim=1)  # B×2, B×5
+            attribute_logits = dict(zip(ATTRIBUTES, parts))
+        return Heads(age_logits, mask_logits, attribute_logits)
 
 
 def make_model(settings: dict, training: bool = False) -> MultitaskResNet18:
     """The model, still untrained, that the settings of finetune.py ask for; one that is missing is off.
 
-    training: with the head for gender and race, if they ask for it, which model.pt does not keep.
+    training: with the heads for gender and race, if they ask for them, which model.pt does not keep.
     """
     return MultitaskResNet18(
-        len(GROUP_NAMES),
         multitask=bool(settings.get("multitask")),
         by_year=bool(settings.get("age_sigma")),
         flip_averaging=bool(settings.get("flip_averaging")),
@@ -286,18 +286,18 @@ def make_model(settings: dict, training: bool = False) -> MultitaskResNet18:
 def init_backbone(backbone: nn.Module, init: str) -> dict:
     """Loads `init` (random, imagenet, or a checkpoint file) into a backbone, and prints what was loaded.
 
-    Returns where the weights come from, for the next checkpoint to carry: the hashes of the faces that they
-    have learned from, `train_hashes` int64 (M,), and of those that chose their epoch, `val_hashes`, and the
-    settings that they were trained with, `pretraining`, {} for no checkpoint.
+    Returns their provenance, for the next checkpoint to carry: `train_hashes` int64 (M,), of the faces that
+    they have learned from; `val_hashes`, of those that an epoch was selected on; `pretraining`, the settings
+    that they were trained with, {} for no checkpoint.
 
     Raises UserError if the ImageNet weights cannot be had, or if the file is no checkpoint or nothing in it
     fits.
     """
     none = torch.empty(0, dtype=torch.int64)
-    origin = {"train_hashes": none, "val_hashes": none, "pretraining": {}}
+    provenance = {"train_hashes": none, "val_hashes": none, "pretraining": {}}
     if init == "random":
         print("backbone starts from random weights")
-        return origin
+        return provenance
     if init == "imagenet":
         try:
             weights = ResNet18_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True)
@@ -309,7 +309,8 @@ def init_backbone(backbone: nn.Module, init: str) -> dict:
     else:
         checkpoint = load_checkpoint(init, ("contrastive", "model"))
         weights = {key.removeprefix("backbone."): value for key, value in checkpoint["weights"].items()}
-        origin = {key: checkpoint.get(key, none) for key in origin} | {"pretraining": checkpoint["config"]}
+        provenance = {key: checkpoint.get(key, none) for key in ("train_hashes", "val_hashes")}
+        provenance["pretraining"] = checkpoint["config"]
     own = backbone.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
     if not fitting:
@@ -318,7 +319,7 @@ def init_backbone(backbone: nn.Module, init: str) -> dict:
     left_out = sorted({key.split(".")[0] for key in weights.keys() - fitting.keys()})
     line = f"backbone: {len(fitting)} of {len(own)} tensors loaded from {init}"
     print(line + (f"; not loaded: {', '.join(left_out)}" if left_out else "") + "; heads start fresh")
-    return origin
+    return provenance
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -329,6 +330,11 @@ def init_backbone(backbone: nn.Module, init: str) -> dict:
 def unit_rows(z: Tensor) -> Tensor:
     """(N, D) → (N, D) with rows of length one, in at least float32."""
     return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+
+
+def own_columns(z: Tensor) -> Tensor:
+    """Where the rows of z (N, D) stand in `gather_rows(z)` (NW, D): int64 (N, 1)."""
+    return torch.arange(len(z), device=z.device)[:, None] + rank() * len(z)
 
 
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.07) -> Tensor:
@@ -342,8 +348,8 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.07) -> Tensor:
     everything = gather_rows(z)  # 2NW×D
     with torch.autocast(z.device.type, enabled=False):  # 1/temperature would overflow half precision's range
         logits = z @ everything.T / temperature  # 2N×2NW
-    own = torch.arange(len(z), device=z.device) + rank() * len(z)  # 2N, columns of the rows themselves
-    return F.cross_entropy(logits.scatter(1, own[:, None], -torch.inf), own ^ 1)
+    own = own_columns(z)  # 2N×1; the other view of a face is its neighbour
+    return F.cross_entropy(logits.scatter(1, own, -torch.inf), own[:, 0] ^ 1)
 
 
 def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sigma: float = 0.5) -> Tensor:
@@ -354,7 +360,8 @@ def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sig
     non-empty P(i) of −1/|P(i)| Σ_{p∈P(i)} log[ e^{s_ip/τ} / (e^{s_ip/τ} + Σ_{age_k≠age_i}
     e^{|age_i−age_k|/(50σ)} e^{s_ik/τ}) ]: SupCon (Khosla et al. 2020) with one positive a term, negatives
     weighted by their distance in age. Under torchrun k and p run over the faces of all W processes, with
-    gradient, and the mean of the processes' losses is that of the whole batch.
+    gradient; the mean of the processes' losses is that of the whole batch where every row has a positive, as
+    two views of each face have.
     """
     z = unit_rows(z)  # N×D
     with torch.autocast(z.device.type, enabled=False):
@@ -365,39 +372,34 @@ def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sig
     weighted = (logits + gaps / (50 * sigma)).masked_fill(same, torch.finfo(logits.dtype).min)
     negatives = weighted.logsumexp(dim=1, keepdim=True)  # N×1
     log_ratios = F.logsigmoid(logits - negatives)  # N×NW
-    own = torch.arange(len(z), device=z.device) + rank() * len(z)  # N, columns of the rows themselves
-    positives = same.scatter(1, own[:, None], False)
+    positives = same.scatter(1, own_columns(z), False)
     counts = positives.sum(dim=1)  # N
     losses = -(log_ratios * positives).sum(dim=1) / counts.clamp(min=1)  # N
-    anchors = mean_over_ranks((counts > 0).sum())
-    return losses.sum() / torch.where(anchors > 0, anchors, 1)
+    return losses.sum() / (counts > 0).sum().clamp(min=1)
 
 
 def rank_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 2.0) -> Tensor:
     """Rank-N-Contrast: of two faces, the one nearer in age must lie nearer (Zha et al. 2023, equation 2).
 
-    z: (N, D) features, not normalised, any precision; ages: (N,) whole years. With s_ij = −‖z_i − z_j‖₂/τ it
-    is the mean over ordered pairs i ≠ j of −log[ e^{s_ij} / Σ_{k≠i, |a_i−a_k| ≥ |a_i−a_j|} e^{s_ik} ], a
-    scalar in nats. The sums cost O(N²): e^{s_ik} is added up by years apart, then from the far end. Under
-    torchrun j and k run over the faces of all W processes, with gradient, and the mean of the processes'
-    losses is that of the whole batch.
+    z: (N, D) features, not normalised, any precision; ages: (N,) years. With s_ij = −‖z_i − z_j‖₂/τ it is the
+    mean over ordered pairs i ≠ j of −log[ e^{s_ij} / Σ_{k≠i, |a_i−a_k| ≥ |a_i−a_j|} e^{s_ik} ], a scalar in
+    nats. It costs O(N² log N): each row is sorted by years apart, and summed from the far end. Under torchrun
+    j and k run over the faces of all W processes, with gradient, and the mean of the processes' losses is
+    that of the whole batch.
     """
     z = z if z.dtype == torch.float64 else z.float()
     everything = gather_rows(z)  # NW×D
     centre = everything.detach().mean(dim=0)  # D; about it distances lose least to rounding
     with torch.autocast(z.device.type, enabled=False):
         logits = -torch.cdist(z - centre, everything - centre) / temperature  # N×NW
-    own = torch.arange(len(z), device=z.device) + rank() * len(z)  # N, columns of the rows themselves
-    lowest = torch.finfo(logits.dtype).min  # not −inf, lest a year of nobody give NaN
-    logits = logits.scatter(1, own[:, None], lowest)
-    years = (ages[:, None] - gather_rows(ages)[None, :]).abs()  # N×NW
-    # In logarithms, for the far faces' terms underflow: each year's sum, then from the far end.
-    tops = logits.new_full((len(z), int(years.max()) + 1), lowest)  # N×years
-    tops = tops.scatter_reduce(1, years, logits.detach(), "amax")
-    sums = torch.zeros_like(tops).scatter_add(1, years, (logits - tops.gather(1, years)).exp())
-    by_years = tops + sums.clamp(min=torch.finfo(sums.dtype).tiny).log()
-    denominators = by_years.flip(1).logcumsumexp(dim=1).flip(1).gather(1, years)  # N×NW
-    losses = (denominators - logits).scatter(1, own[:, None], 0.0)  # N×NW
+    own = own_columns(z)  # N×1
+    logits = logits.scatter(1, own, torch.finfo(logits.dtype).min)  # a row is no pair with itself
+    apart = (ages[:, None] - gather_rows(ages)[None, :]).abs()  # N×NW
+    apart, order = apart.sort(dim=1, descending=True)  # the farthest first
+    logits = logits.gather(1, order)
+    last_of_tie = torch.searchsorted(-apart, -apart, right=True) - 1  # N×NW
+    denominators = logits.logcumsumexp(dim=1).gather(1, last_of_tie)  # N×NW
+    losses = (denominators - logits).masked_fill(order == own, 0.0)  # N×NW
     return losses.sum() / (len(z) * (len(everything) - 1))
 
 
@@ -410,12 +412,14 @@ def group_logits(logits: Tensor) -> Tensor:
     return torch.stack([part.logsumexp(dim=1) for part in logits.float().split(GROUP_SIZES, dim=1)], dim=1)
 
 
-def median_age(logits: Tensor) -> Tensor:
-    """Logits of years (B, YEARS) → the median year, float (B,).
+def age_quantiles(logits: Tensor, quantiles=(0.1, 0.5, 0.9)) -> Tensor:
+    """Logits of years (B, YEARS) → years below which the given shares of the probability lie, float (B, Q).
 
-    On val its mean absolute error is smaller than that of the expectation (docs/results.md).
+    By default the ends of the central 80 % and, between them, the median, whose mean absolute error on val is
+    smaller than that of the expectation.
     """
-    return (logits.float().softmax(dim=1).cumsum(dim=1) < 0.5).float().sum(dim=1)
+    below = logits.float().softmax(dim=1).cumsum(dim=1)  # B×YEARS
+    return torch.stack([(below < share).float().sum(dim=1) for share in quantiles], dim=1)
 
 
 def soft_age_labels(ages: Tensor, sigma: float) -> Tensor:
@@ -477,15 +481,46 @@ def build_param_groups(
 # ------------------------------------------------------------------------------------------------------------
 
 
+class Answers(NamedTuple):
+    """What a model says of B faces; years and masks are None from a model that has not learned them."""
+
+    group_logits: Tensor  # B×6, float32
+    ages: Tensor | None  # B, the median of the distribution over years
+    age_low: Tensor | None  # B, years from which on the central 80 % of it lies
+    age_high: Tensor | None  # B, years up to which it lies
+    mask_logits: Tensor | None  # B×1×H×W
+
+
+def infer(model: MultitaskResNet18, images: Tensor) -> Answers:
+    """The answers of a model in eval mode to normalised images (B, 3, H, W).
+
+    Years are summed into groups, and with `model.flip_averaging` a face is averaged with its mirror image.
+    """
+    age_logits, mask_logits, _ = model(images, heads=True)  # B×YEARS or B×6, B×1×H×W
+    if model.flip_averaging:
+        mirrored, mirrored_mask, _ = model(images.flip(-1), heads=True)
+        probabilities = (age_logits.float().softmax(dim=1) + mirrored.float().softmax(dim=1)) / 2
+        age_logits = probabilities.clamp(min=1e-12).log()
+        if mask_logits is not None:
+            mask_logits = (mask_logits + mirrored_mask.flip(-1)) / 2
+    if not model.by_year:
+        return Answers(age_logits.float(), None, None, None, mask_logits)
+    low, median, high = age_quantiles(age_logits).unbind(dim=1)  # B each
+    return Answers(group_logits(age_logits), median, low, high, mask_logits)
+
+
 class Scores(NamedTuple):
     """What a model says of N faces, on the CPU.
 
-    Group logits float32 (N, 6); predicted ages float32 (N,) in years, from a model that learned years; how
-    its masks overlap with the true ones, float64 (N,) each, where there are both.
+    Group logits float32 (N, 6); median ages and the ends of their central 80 %, float32 (N,) in years, from a
+    model that learned years; how its masks overlap with the true ones, float64 (N,) each, where there are
+    both.
     """
 
     logits: Tensor
     ages: Tensor | None
+    age_low: Tensor | None
+    age_high: Tensor | None
     mask_iou: Tensor | None
     mask_dice: Tensor | None
 
@@ -502,23 +537,20 @@ def score_dataset(model, dataset: FaceDataset, device, dtype=torch.float32, batc
             dist.broadcast(buffer, 0)
     own = slice(rank(), None, world_size())
     images, masks = dataset.images[own], None if dataset.masks is None else dataset.masks[own]
-    logits, overlaps = [], []
+    logits, years, overlaps = [], [], []
     for start in range(0, max(len(images), 1), batch_size):
         batch = to_input(images[start : start + batch_size], device)
         with autocast(device, dtype):
-            batch_logits, mask_logits = model(batch, years=model.by_year)  # B×6 or B×YEARS, B×1×H×W
-        logits.append(batch_logits.float())
-        if mask_logits is not None and masks is not None:
+            answers = infer(model, batch)
+        logits.append(answers.group_logits)
+        if answers.ages is not None:
+            years.append(torch.stack([answers.ages, answers.age_low, answers.age_high], dim=1))  # B×3
+        if answers.mask_logits is not None and masks is not None:
             truth = masks[start : start + batch_size].to(device) > 0  # B×H×W
-            overlaps.append(mask_overlap(mask_logits[:, 0] > 0, truth))
-    logits = merge_ranks(torch.cat(logits))
+            overlaps.append(mask_overlap(answers.mask_logits[:, 0] > 0, truth))
+    ages, low, high = merge_ranks(torch.cat(years)).T if years else (None, None, None)
     iou, dice = merge_ranks(torch.cat(overlaps)).T if overlaps else (None, None)
-    return Scores(
-        group_logits(logits) if model.by_year else logits,
-        median_age(logits) if model.by_year else None,
-        iou,
-        dice,
-    )
+    return Scores(merge_ranks(torch.cat(logits)), ages, low, high, iou, dice)
 
 
 def mask_overlap(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -598,101 +630,3 @@ def load_model(path: str | Path, device: torch.device) -> tuple[MultitaskResNet1
 def all_finite(model: nn.Module) -> bool:
     """Whether all weights and statistics of a model are finite numbers."""
     return all(bool(values.isfinite().all()) for values in model.state_dict().values())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Device, precision, seeds, and the processes of torchrun
-# ------------------------------------------------------------------------------------------------------------
-
-
-def choose_device(name: str) -> torch.device:
-    """The device named, or for `auto` the best there is: cuda, mps, cpu. UserError if it is not there.
-
-    Under torchrun, cuda is the process's own GPU.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not available on this machine: try auto or cpu") from None
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The forward pass's dtype: what is named, or for `auto` bf16 (else fp16) on CUDA and fp32 elsewhere."""
-    if name == "auto":
-        # torch counts cards that only emulate bf16 as well, unless asked not to.
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "fp32" if device.type != "cuda" else "bf16" if native else "fp16"
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU: use fp32 or bf16 with --device cpu")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Context in which the forward pass runs in `dtype`."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def set_seed(seed: int):
-    """Seeds torch (initial weights), numpy and random; augmentation and order carry their own seeds."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def rank() -> int:
-    """This process's number among those of torchrun; 0 where there is one alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of a tensor over processes, without gradient."""
-    total = values.clone()
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return total / world_size()
-
-
-class AllGather(torch.autograd.Function):
-    """(N, …) of each process → (N·W, …), rank by rank; a row's gradient is the sum of all processes' own."""
-
-    @staticmethod
-    def forward(_, rows):
-        gathered = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(_, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """(N, …) of each process → (N·W, …), rank by rank, with gradient; all must have the same N."""
-    return AllGather.apply(rows) if world_size() > 1 else rows
-
-
-def merge_ranks(rows: Tensor) -> Tensor:
-    """Rows of which process r of W has r, r + W, r + 2W, …, in their order again, on the CPU."""
-    if world_size() == 1:
-        return rows.cpu()
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, rows.cpu())
-    merged = torch.empty(sum(map(len, shares)), *rows.shape[1:], dtype=rows.dtype)
-    for start, share in enumerate(shares):
-        merged[start :: world_size()] = share
-    return merged

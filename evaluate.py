@@ -30,7 +30,8 @@ from cli import (
     script_parser,
     write_csv,
 )
-from common import FaceDataset, choose_device, choose_precision, load_model, score_dataset
+from common import FaceDataset, load_model, score_dataset
+from devices import choose_device, choose_precision
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, list_pairs, read_image
 
 matplotlib.use("Agg")

@@ -20,29 +20,26 @@ import torch.nn.functional as F
 
 from cli import UserError, beside, number, run, write_csv
 from common import (
-    ATTRIBUTES,
-    SUPERVISED_VIEW,
-    YEARS,
+    SUPERVISED_AUGMENTATION,
     FaceDataset,
     build_param_groups,
     init_backbone,
     make_model,
     mask_loss,
-    rank,
     save_checkpoint,
     score_dataset,
-    set_seed,
     soft_age_labels,
 )
+from devices import rank, set_seed
 from training import (
     begin_training,
     check_batch_size,
     finish_epoch,
     join_processes,
     leave_processes,
-    lineage,
     open_run,
     plot_history,
+    provenance,
     train_one_epoch,
     training_parser,
 )
@@ -55,15 +52,20 @@ def multitask_losses(model, batch, args):
     The age loss is the cross-entropy of years with soft labels or, with --age-sigma 0, of groups. The total
     adds to it those of the mask, of gender and of race, weighted.
     """
-    by_year = args.age_sigma > 0
-    targets = soft_age_labels(batch["age"], args.age_sigma) if by_year else batch["group"]  # B×YEARS or B
-    logits, mask_logits = model(batch["image"], years=by_year)  # B×(YEARS or 6, and 7 behind), B×1×H×W
-    widths = [YEARS if by_year else len(GROUP_NAMES), *(ATTRIBUTES.values() if args.attribute_weight else ())]
-    age_logits, *others = logits.float().split(widths, dim=1)
-    age_loss = F.cross_entropy(age_logits, targets)
-    attribute_loss = sum(F.cross_entropy(other, batch[name]) for name, other in zip(ATTRIBUTES, others))
-    face_loss = torch.zeros_like(age_loss) if mask_logits is None else mask_loss(mask_logits, batch["mask"])
-    total = age_loss + args.mask_weight * face_loss + args.attribute_weight * attribute_loss
+    heads = model(batch["image"], heads=True)
+    targets = batch["group"]  # B
+    if args.age_sigma > 0:
+        targets = soft_age_labels(batch["age"], args.age_sigma)  # B×YEARS
+    age_loss = F.cross_entropy(heads.age_logits.float(), targets)
+    face_loss = torch.zeros_like(age_loss)
+    if heads.mask_logits is not None:
+        face_loss = mask_loss(heads.mask_logits, batch["mask"])
+    total = age_loss + args.mask_weight * face_loss
+    if heads.attribute_logits is not None:
+        attribute_losses = [
+            F.cross_entropy(logits.float(), batch[name]) for name, logits in heads.attribute_logits.items()
+        ]
+        total = total + args.attribute_weight * sum(attribute_losses)
     return torch.stack([total, age_loss, face_loss])
 
 
@@ -78,7 +80,7 @@ def validate(model, dataset, device):
     }
 
 
-def halve(weights):
+def to_half(weights):
     """Weights in half precision; biases, scales and statistics, which are vectors, stay as they are."""
     return {key: value.half() if value.ndim > 1 else value for key, value in weights.items()}
 
@@ -119,15 +121,15 @@ def main(args):
         raise UserError(f"{train} holds no face of {names}: add some and run split.py again")
 
     options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
-    dataset = FaceDataset(folders, args.image_size, SUPERVISED_VIEW, **options)
+    dataset = FaceDataset(folders, args.image_size, SUPERVISED_AUGMENTATION, **options)
     val_dataset = None if args.final else FaceDataset(val, args.image_size, **options)
     set_seed(args.seed)
     model = make_model(vars(args), training=True)
-    origin = None if state else init_backbone(model.backbone, args.init)
+    start = None if state else init_backbone(model.backbone, args.init)
     groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
-    training = begin_training(args, "model", model, groups, dataset, device, dtype, state, origin)
+    training = begin_training(args, "model", model, groups, dataset, device, dtype, state, start)
     if val_dataset and not rank():
-        known = torch.isin(val_dataset.hashes, training.origin["train_hashes"]).sum()
+        known = torch.isin(val_dataset.hashes, training.provenance["train_hashes"]).sum()
         if known:
             counts = f"{known} of the {len(val_dataset)} faces of val"
             print(f"warning: --init has learned from {counts}, so val flatters", file=sys.stderr)
@@ -136,7 +138,7 @@ def main(args):
         start = time.perf_counter()
         losses = train_one_epoch(training, partial(multitask_losses, args=args))
         seconds = time.perf_counter() - start
-        kept = model if training.average is None else training.average.module
+        kept = model if training.ema is None else training.ema.module
         figures = {} if args.final else validate(kept, val_dataset, device)
         score = None if args.final else (-figures["val_accuracy"], figures["val_loss"])
         if args.final or training.best is None or score < tuple(training.best["score"]):
@@ -148,7 +150,7 @@ def main(args):
             training.best = {"epoch": epoch + 1, "score": score, "figures": figures, "weights": weights}
         _, age_loss, face_loss = losses.mean(dim=0).tolist()
         row = {"epoch": epoch + 1, "train_loss": age_loss, "train_mask_loss": face_loss, **figures}
-        row |= {"lr": training.schedule.get_last_lr()[-1], "seconds": round(seconds, 1)}
+        row |= {"lr": training.scheduler.get_last_lr()[-1], "seconds": round(seconds, 1)}
         finish_epoch(training, row)
         if not rank() and training.best["epoch"] == epoch + 1:
             save_best(training, val_dataset, split)
@@ -176,12 +178,12 @@ def main(args):
 
 def save_best(training, val_dataset, split):
     """Writes the best epoch so far as the checkpoint that evaluate.py reads."""
-    best, origin = training.best, lineage(training)
+    best, history = training.best, provenance(training)
     if val_dataset is not None:
-        origin["val_hashes"] = torch.cat([origin["val_hashes"], val_dataset.hashes]).unique()
+        history["val_hashes"] = torch.cat([history["val_hashes"], val_dataset.hashes]).unique()
     save_checkpoint(
         training.args.out, "model", training.args,
-        weights=halve(best["weights"]), epoch=best["epoch"], val=best["figures"], split=split, **origin,
+        weights=to_half(best["weights"]), epoch=best["epoch"], val=best["figures"], split=split, **history,
     )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ from torch import nn
 import cli
 import common
 from cli import UserError, atomic_path, progress, write_csv
-from common import autocast, choose_device, choose_precision, group_logits, load_model, median_age
+from common import infer, load_model
+from devices import autocast, choose_device, choose_precision
 from utkface import GROUP_NAMES, MIN_SIDE, central_square, decode_image, flatten, resize
 
 RELEASED = "weights/age_multitask.pt"
@@ -187,10 +188,9 @@ def load(checkpoint, detector=None, aligned=False, device="auto", precision="fp3
 def outputs(model, images):
     """Probabilities of groups (B, 6), median ages (B,) and mask probabilities (B, 1, H, W), or None for
     what the model has not learned, of normalised images (B, 3, H, W)."""
-    logits, masks = model(images, years=model.by_year)  # B×YEARS or B×6, B×1×H×W
-    groups = group_logits(logits) if model.by_year else logits.float()  # B×6
-    ages = median_age(logits) if model.by_year else None
-    return groups.softmax(dim=1), ages, None if masks is None else masks.float().sigmoid()
+    answers = infer(model, images)
+    masks = None if answers.mask_logits is None else answers.mask_logits.float().sigmoid()
+    return answers.group_logits.softmax(dim=1), answers.ages, masks
 
 
 @torch.inference_mode()

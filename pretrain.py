@@ -20,26 +20,25 @@ from torchvision.models import resnet18
 
 from cli import beside, number, run, write_csv
 from common import (
-    CONTRASTIVE_VIEW,
+    CONTRASTIVE_AUGMENTATION,
     FaceDataset,
     age_contrastive_loss,
     build_param_groups,
     init_backbone,
     nt_xent_loss,
-    rank,
     rank_contrastive_loss,
     save_checkpoint,
-    set_seed,
 )
+from devices import rank, set_seed
 from training import (
     begin_training,
     check_batch_size,
     finish_epoch,
     join_processes,
     leave_processes,
-    lineage,
     open_run,
     plot_history,
+    provenance,
     train_one_epoch,
     training_parser,
 )
@@ -112,12 +111,12 @@ def main(args):
     check_batch_size(args.batch_size, sum(len(list_pairs(folder, need_masks=False)) for folder in folders))
 
     options = {"views": 2, "with_masks": False, "seed": args.seed, "workers": args.workers}
-    dataset = FaceDataset(folders, args.image_size, CONTRASTIVE_VIEW, **options)
+    dataset = FaceDataset(folders, args.image_size, CONTRASTIVE_AUGMENTATION, **options)
     set_seed(args.seed)
     model = ContrastiveResNet18(projects=args.positives != "rank")
-    origin = None if state else init_backbone(model.backbone, args.init)
+    start = None if state else init_backbone(model.backbone, args.init)
     groups = build_param_groups(model, args.lr, weight_decay=args.weight_decay)
-    training = begin_training(args, "contrastive", model, groups, dataset, device, dtype, state, origin)
+    training = begin_training(args, "contrastive", model, groups, dataset, device, dtype, state, start)
 
     for epoch in range(training.epoch, args.epochs):
         start = time.perf_counter()
@@ -125,14 +124,14 @@ def main(args):
         seconds = time.perf_counter() - start
         if epoch == 0 and args.positives == "view" and args.init == "random":
             warn_of_odd_start(losses[0].item(), args.batch_size)
-        loss, lr = losses.mean().item(), training.schedule.get_last_lr()[0]
+        loss, lr = losses.mean().item(), training.scheduler.get_last_lr()[0]
         speed = len(losses) * args.batch_size / seconds
         print(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, {seconds:.0f} s, {speed:.0f} faces/s")
         finish_epoch(training, {"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": round(seconds, 1)})
 
     if not rank():
         weights = {f"backbone.{key}": value.cpu() for key, value in model.backbone.state_dict().items()}
-        save_checkpoint(args.out, "contrastive", args, weights=weights, **lineage(training))
+        save_checkpoint(args.out, "contrastive", args, weights=weights, **provenance(training))
         write_csv(beside(args.out, ".csv"), training.history)
         panels = {"contrastive loss": ["loss"], "learning rate": ["lr"]}
         plot_history(beside(args.out, ".png"), training.history, panels)

@@ -40,17 +40,14 @@ from cli import (
     shipped,
     write_csv,
 )
-from common import (
-    FaceDataset,
-    all_finite,
+from common import FaceDataset, all_finite, load_checkpoint, save_checkpoint, to_input
+from devices import (
     autocast,
     choose_device,
     choose_precision,
-    load_checkpoint,
+    copy_to,
     mean_over_ranks,
     rank,
-    save_checkpoint,
-    to_input,
     world_size,
 )
 
@@ -200,7 +197,7 @@ def train_loader(
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """A loader's batch on `device`, `image` normalised float32 (B, 3, H, W), `mask` uint8 (B, 1, H, W)."""
-    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+    batch = {name: copy_to(device, values) for name, values in batch.items()}
     batch["image"] = to_input(batch["image"], device)
     if "mask" in batch:
         batch["mask"] = batch["mask"].unsqueeze(1)
@@ -224,17 +221,18 @@ class Training:
     device: torch.device
     dtype: torch.dtype  # of the forward pass
     optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
+    scheduler: LambdaLR
     scaler: torch.amp.GradScaler
-    average: AveragedModel | None  # of the weights, with --ema
+    ema: AveragedModel | None  # the moving average of the weights, with --ema
     hashes: Tensor  # int64 (N,), of the faces that it learns from
-    origin: dict  # where its weights come from: see `init_backbone`
+    provenance: dict  # of the weights that it started from: see `init_backbone`
     epoch: int = 0  # epochs done
     history: list[dict] = field(default_factory=list)  # a row an epoch
     best: dict | None = None  # finetune.py's best epoch
 
     STATE = (
-        "model", "optimizer", "schedule", "scaler", "average", "hashes", "origin", "epoch", "history", "best",
+        "model", "optimizer", "scheduler", "scaler", "ema", "hashes", "provenance", "epoch", "history",
+        "best",
     )  # fmt: skip
 
     def state_dict(self) -> dict:
@@ -325,7 +323,7 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, factor)
 
 
-def average_weights(model: nn.Module, decay: float, schedule: LambdaLR) -> AveragedModel:
+def average_weights(model: nn.Module, decay: float, scheduler: LambdaLR) -> AveragedModel:
     """The moving average of a model's weights and statistics.
 
     Early on it would be of weights that have hardly begun to learn, so it starts short: after n steps the
@@ -333,17 +331,17 @@ def average_weights(model: nn.Module, decay: float, schedule: LambdaLR) -> Avera
     """
 
     def update(averaged, current, _):
-        done = schedule.last_epoch
-        get_ema_multi_avg_fn(min(decay, done / (10 + done)))(averaged, current, None)
+        steps = scheduler.last_epoch
+        get_ema_multi_avg_fn(min(decay, steps / (10 + steps)))(averaged, current, None)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def begin_training(
     args: argparse.Namespace, kind: str, model: nn.Module, groups: list[dict], dataset: FaceDataset,
-    device: torch.device, dtype: torch.dtype, state: dict | None, origin: dict | None,
+    device: torch.device, dtype: torch.dtype, state: dict | None, provenance: dict | None,
 ) -> Training:  # fmt: skip
-    """A run at its beginning, from the `origin` of `init_backbone`, or where `open_run`'s `state` has it.
+    """A run at its beginning, with the `provenance` of its weights, or where `open_run`'s `state` has it.
 
     Raises UserError if the state does not fit, or if the processes of torchrun are not all at one point.
     """
@@ -361,12 +359,13 @@ def begin_training(
     loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
     network = distribute(model, device)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    schedule = warmup_cosine(optimizer, args.epochs * len(loader))
+    scheduler = warmup_cosine(optimizer, args.epochs * len(loader))
     ema = vars(args).get("ema")
     training = Training(
-        args, kind, model, network, loader, device, dtype, optimizer, schedule,
+        args, kind, model, network, loader, device, dtype, optimizer, scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        average=average_weights(model, ema, schedule) if ema else None, hashes=dataset.hashes, origin=origin,
+        ema=average_weights(model, ema, scheduler) if ema else None, hashes=dataset.hashes,
+        provenance=provenance,
     )  # fmt: skip
     last = last_path(args.out)
     if state is not None:
@@ -403,9 +402,9 @@ def train_one_epoch(training: Training, compute_losses) -> Tensor:
         t.scaler.step(t.optimizer)
         t.scaler.update()
         t.optimizer.zero_grad()
-        t.schedule.step()
-        if t.average is not None:
-            t.average.update_parameters(t.model)
+        t.scheduler.step()
+        if t.ema is not None:
+            t.ema.update_parameters(t.model)
         recent.append(values.detach())
         if len(recent) == LOOK_EVERY or len(losses) + len(recent) == len(t.loader):
             losses += check_losses(t, torch.stack(recent), len(losses))
@@ -431,7 +430,7 @@ def stop_broken(training: Training, what: str, step: int):
     remedy = "lower --lr" + (" or raise --temperature" if "temperature" in training.args else "")
     raise UserError(
         f"{what} in epoch {training.epoch + 1}, step {step}, at a learning rate of "
-        f"{training.schedule.get_last_lr()[-1]:.2g}: {remedy}; checkpoints from before are kept"
+        f"{training.scheduler.get_last_lr()[-1]:.2g}: {remedy}; checkpoints from before are kept"
     )
 
 
@@ -447,10 +446,10 @@ def finish_epoch(training: Training, row: dict):
         t.loader = None  # its workers end now, lest torch report that they were killed at exit
 
 
-def lineage(training: Training) -> dict:
+def provenance(training: Training) -> dict:
     """All faces that the weights have learned from, and how they began, for a checkpoint to carry."""
-    seen = torch.cat([training.origin["train_hashes"], training.hashes]).unique()
-    return training.origin | {"train_hashes": seen}
+    seen = torch.cat([training.provenance["train_hashes"], training.hashes]).unique()
+    return training.provenance | {"train_hashes": seen}
 
 
 def plot_history(path: str | Path, history: list[dict], panels: dict[str, list[str]]):

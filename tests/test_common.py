@@ -8,14 +8,15 @@ import torch.nn.functional as F
 
 import common
 from common import (
-    CONTRASTIVE_VIEW,
-    SUPERVISED_VIEW,
+    CONTRASTIVE_AUGMENTATION,
+    SUPERVISED_AUGMENTATION,
     FaceDataset,
     MultitaskResNet18,
     UserError,
     age_contrastive_loss,
-    augmentation,
+    build_augmentation,
     build_param_groups,
+    infer,
     mask_loss,
     mask_overlap,
     nt_xent_loss,
@@ -237,7 +238,7 @@ def half_face(folder, side=120):
     write_pair(folder, "30_0_0_20170000000000000", np.repeat(mask[..., None], 3, axis=2), mask)
 
 
-@pytest.mark.parametrize("view", [CONTRASTIVE_VIEW, SUPERVISED_VIEW])
+@pytest.mark.parametrize("view", [CONTRASTIVE_AUGMENTATION, SUPERVISED_AUGMENTATION])
 def test_image_and_mask_move_together(tmp_path, view):
     half_face(tmp_path)
     dataset = FaceDataset(tmp_path, 64, view | {"erase": 0})  # which would look like another half
@@ -269,7 +270,7 @@ def test_augmentations_draw_independently():
     assert len(seen) == 4 and min(seen.values()) > 60  # 100 expected of each
 
 
-@pytest.mark.parametrize("view", [CONTRASTIVE_VIEW, SUPERVISED_VIEW])
+@pytest.mark.parametrize("view", [CONTRASTIVE_AUGMENTATION, SUPERVISED_AUGMENTATION])
 def test_views_hold_what_they_name(drawn, view):
     """Of one face: how many draws are grey, erased, coloured otherwise, blurred, and cropped."""
     face = FaceDataset(drawn / "dataset/processed", 80, with_masks=False).images[40].numpy()
@@ -277,7 +278,7 @@ def test_views_hold_what_they_name(drawn, view):
     chances = ("turn", "flip", "jitter", "grey", "blur", "erase")
     for name in ("grey", "erase", "jitter", "blur", "all"):
         alone = {chance: 0 for chance in chances if chance != name} | {"scale": (1, 1), "ratio": (1, 1)}
-        pipeline = augmentation(view if name == "all" else view | alone, 80)
+        pipeline = build_augmentation(view if name == "all" else view | alone, 80)
         for index in range(200):
             seed_augmentation(pipeline, 0, 0, index)
             draws.setdefault(name, []).append(pipeline(image=face)["image"].astype(int))
@@ -294,7 +295,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
     noise_pairs(tmp_path, [1, 10, 20, 30, 50, 70, 80, 90])
     batches = {}
     for workers in (0, 2):
-        dataset = FaceDataset(tmp_path, 32, CONTRASTIVE_VIEW, views=2, with_masks=True, seed=3)
+        dataset = FaceDataset(tmp_path, 32, CONTRASTIVE_AUGMENTATION, views=2, with_masks=True, seed=3)
         loader = train_loader(dataset, 4, 3, workers, CPU)
         loader.batch_sampler.epoch = 5
         batches[workers] = list(loader)
@@ -320,7 +321,7 @@ def test_dataset_without_augmentation(tmp_path):
 
 def test_dataset_gives_what_the_names_say(tmp_path):
     noise_pairs(tmp_path, [30, 4, 70])
-    for view in (None, common.SUPERVISED_VIEW):
+    for view in (None, common.SUPERVISED_AUGMENTATION):
         dataset = FaceDataset(tmp_path, 32, view)
         batch = dataset.__getitems__([2, 0])
         for name in ("age", "gender", "race"):
@@ -422,25 +423,25 @@ def test_flip_averaging_is_blind_to_mirroring():
     torch.manual_seed(0)
     model = common.make_model({"multitask": True, "age_sigma": 2, "flip_averaging": True})
     images = torch.randn(2, 3, 64, 64)
-    assert model(images)[0].shape == (2, 6) and model(images, years=True)[0].shape == (2, 101)  # in training
     model.eval()
-    (logits, masks), (mirrored, mirrored_masks) = model(images), model(images.flip(-1))
-    assert logits.shape == (2, 6) and torch.allclose(logits, mirrored, atol=1e-5)
-    assert torch.allclose(masks, mirrored_masks.flip(-1), atol=1e-5)
-    model.flip_averaging = False
+    answers, mirrored = infer(model, images), infer(model, images.flip(-1))
+    assert torch.allclose(answers.group_logits, mirrored.group_logits, atol=1e-5)
+    assert torch.allclose(answers.mask_logits, mirrored.mask_logits.flip(-1), atol=1e-5)
     mean = (model(images)[0].softmax(dim=1) + model(images.flip(-1))[0].softmax(dim=1)) / 2
-    assert torch.allclose(logits.softmax(dim=1), mean, atol=1e-6)
+    assert torch.allclose(answers.group_logits.softmax(dim=1), mean, atol=1e-6)
+    model.flip_averaging = False
+    assert torch.allclose(infer(model, images).group_logits, model(images)[0])
 
 
-def test_attributes_are_told_in_training_alone():
-    torch.manual_seed(0)
-    model = common.make_model(
-        {"age_sigma": 2, "flip_averaging": True, "attribute_weight": 0.3}, training=True
-    )
+def test_heads_say_what_they_learn():
+    model = common.make_model({"age_sigma": 2, "attribute_weight": 0.3}, training=True)
     images = torch.randn(2, 3, 64, 64)
-    assert model(images)[0].shape == (2, 6) and model(images, years=True)[0].shape == (2, 108)
-    model.eval()
-    assert model(images)[0].shape == (2, 6) and model(images, years=True)[0].shape == (2, 101)
+    heads = model(images, heads=True)
+    assert heads.age_logits.shape == (2, 101) and heads.mask_logits is None
+    shapes = {name: logits.shape for name, logits in heads.attribute_logits.items()}
+    assert shapes == {"gender": (2, 2), "race": (2, 5)}
+    assert model(images)[0].shape == (2, 6)
+    assert common.make_model({"attribute_weight": 0.3})(images, heads=True).attribute_logits is None
 
 
 def test_imagenet_weights_are_loaded(monkeypatch, capsys):

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-import common
 import training
 from cli import UserError
-from common import FaceDataset, MultitaskResNet18, load_checkpoint, mean_over_ranks, score_dataset
+from common import FaceDataset, MultitaskResNet18, load_checkpoint, score_dataset
 from conftest import ROOT
+from devices import mean_over_ranks, rank, world_size
 from finetune import multitask_losses
 from pretrain import ContrastiveResNet18, contrastive_loss
 from utkface import age_to_group
 
 CPU = torch.device("cpu")
-AGES = [3, 3, 20, 20, 20, 41, 77, 90]  # as (rank::2) shares: 3 anchors with a positive in one, 2 in the other
+AGES = [3, 3, 20, 20, 20, 41, 77, 90]
 
 
 def model_and_losses(name):
@@ -44,7 +44,7 @@ def share(name):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(8, 1 if name == "multitask" else 2, 3, 32, 32, generator=generator).double()
     masks = (torch.rand(8, 1, 32, 32, generator=generator) > 0.7).double()
-    own = slice(common.rank(), None, common.world_size())
+    own = slice(rank(), None, world_size())
     ages = torch.tensor(AGES)[own].repeat_interleave(images.shape[1])
     groups = torch.from_numpy(age_to_group(AGES))[own]
     return {"image": images[own].flatten(0, 1), "mask": masks[own], "age": ages, "group": groups}
@@ -87,8 +87,8 @@ def test_two_processes_equal_one(drawn, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(one_of_two, (port, split, tmp_path / "found"), nprocs=2)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"found.{rank}", weights_only=True)
+    for process in (0, 1):
+        found = torch.load(tmp_path / f"found.{process}", weights_only=True)
         assert found.keys() == whole.keys()
         for key, expected in whole.items():
             tolerance = 1e-5 * expected.abs().max()
@@ -113,8 +113,8 @@ def test_shares_of_a_batch_do_not_overlap(monkeypatch):
     whole = list(training.EpochBatches(37, 8, seed=0))
     monkeypatch.setattr(training, "world_size", lambda: 4)
     shares = []
-    for rank in range(4):
-        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+    for process in range(4):
+        monkeypatch.setattr(training, "rank", lambda process=process: process)
         shares.append(list(training.EpochBatches(37, 8, seed=0)))
     for batch, parts in zip(whole, zip(*shares), strict=True):
         assert sorted(key for part in parts for key in part) == sorted(batch)

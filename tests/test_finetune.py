@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import finetune
-from common import FaceDataset, load_checkpoint, load_model, make_model, score_dataset
+from common import FaceDataset, Heads, load_checkpoint, load_model, make_model, score_dataset
 from conftest import FAST, noise_pairs
 
 CPU = torch.device("cpu")
@@ -122,9 +122,9 @@ def test_every_head_learns(sigma):
     ).train()
     args = Namespace(mask_weight=0.3, attribute_weight=0.7, age_sigma=sigma)
     losses = finetune.multitask_losses(model, batch, args)
-    logits, _ = model(batch["image"], years=sigma > 0)
-    logs = logits[:, -7:-5].log_softmax(dim=1), logits[:, -5:].log_softmax(dim=1)
-    attributes = -sum(log[range(4), batch[name]].mean() for name, log in zip(("gender", "race"), logs))
+    heads = model(batch["image"], heads=True).attribute_logits
+    logs = {name: logits.log_softmax(dim=1) for name, logits in heads.items()}
+    attributes = -sum(logs[name][range(4), batch[name]].mean() for name in ("gender", "race"))
     assert losses.shape == (3,)
     assert torch.isclose(losses[0], losses[1] + 0.3 * losses[2] + 0.7 * attributes)
     losses[0].backward()
@@ -140,10 +140,10 @@ def test_age_loss_by_hand():
         bell /= bell.sum(dim=1, keepdim=True)
         expected = -(bell * logits.log_softmax(dim=1)).sum(dim=1).mean()
         args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=sigma)
-        found = finetune.multitask_losses(lambda _, years: (logits, None), batch, args)
+        found = finetune.multitask_losses(lambda _, heads: Heads(logits, None, None), batch, args)
         assert found[1] == pytest.approx(expected.item(), rel=1e-5)
     args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=0)
-    found = finetune.multitask_losses(lambda _, years: (logits[:, :6], None), batch, args)
+    found = finetune.multitask_losses(lambda _, heads: Heads(logits[:, :6], None, None), batch, args)
     assert found[1] == pytest.approx(-logits[:, :6].log_softmax(dim=1)[[0, 1], [0, 5]].mean().item())
 
 

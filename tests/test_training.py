@@ -59,18 +59,18 @@ def test_a_look_into_the_state_after_one_epoch_of_two(drawn, tmp_path, cli, monk
         "heads": (0.01, 0.3), "heads, no decay": (0.01, 0.0),
     }  # fmt: skip
     steps = len(loader)
-    assert state["epoch"] == 1 and state["schedule"]["last_epoch"] == steps
+    assert state["epoch"] == 1 and state["scheduler"]["last_epoch"] == steps
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
-    schedule = warmup_cosine(optimizer, 2 * steps)  # over both epochs
+    scheduler = warmup_cosine(optimizer, 2 * steps)  # over both epochs
     for _ in range(steps):
         optimizer.step()
-        schedule.step()
-    assert groups["heads"]["lr"] == pytest.approx(schedule.get_last_lr()[0])
+        scheduler.step()
+    assert groups["heads"]["lr"] == pytest.approx(scheduler.get_last_lr()[0])
     assert 0.003 < groups["heads"]["lr"] < 0.007
     # The average lies between start and end, and near the end, since it starts short.
-    assert state["average"]["n_averaged"] == steps
+    assert state["ema"]["n_averaged"] == steps
     key = "backbone.layer1.0.conv1.weight"
-    end, average = state["model"][key], state["average"]["module." + key]
+    end, average = state["model"][key], state["ema"]["module." + key]
     assert 0 < (average - end).norm() < 0.7 * (start[key] - end).norm()
     assert (average - start[key]).norm() > 0
     # Order and augmentation follow --seed.
@@ -192,11 +192,11 @@ def test_workers_that_are_not_forked_share_the_pictures(drawn, tmp_path, monkeyp
 
 def test_warmup_cosine():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule, rates = warmup_cosine(optimizer, 100), []
+    scheduler, rates = warmup_cosine(optimizer, 100), []
     for _ in range(100):
-        rates.append(schedule.get_last_lr()[0])
+        rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
-        schedule.step()
+        scheduler.step()
     assert np.allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0]) and max(rates) == 2.0
     assert (np.diff(rates[5:]) < 0).all() and rates[-1] < 0.01
     assert rates[52] == pytest.approx(1, abs=0.03)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
 import common
+import devices
 import finetune
 import training
 from utkface import parse_name
@@ -79,10 +80,10 @@ def measure_training(_, pairs: Path, args, device):
     flags += ["--workers", args.workers, "--device", args.device, "--precision", args.precision]
     flags += ["--image-size", args.image_size, "--batch-size", args.batch_size]
     settings = cli.parse_args(finetune.get_parser(), [str(flag) for flag in flags])
-    dataset = common.FaceDataset(pairs, args.image_size, common.SUPERVISED_VIEW, workers=args.workers)
+    dataset = common.FaceDataset(pairs, args.image_size, common.SUPERVISED_AUGMENTATION, workers=args.workers)
     model = common.make_model(vars(settings), training=True)
     groups = common.build_param_groups(model, settings.lr)
-    dtype = common.choose_precision(args.precision, device)
+    dtype = devices.choose_precision(args.precision, device)
     t = training.begin_training(settings, "model", model, groups, dataset, device, dtype, None, None)
     compute_losses = partial(finetune.multitask_losses, args=settings)
     batch = training.to_device(next(iter(t.loader)), device)
@@ -90,7 +91,7 @@ def measure_training(_, pairs: Path, args, device):
     def bare_steps():
         model.train()
         for _ in range(len(t.loader)):
-            with common.autocast(device, dtype):
+            with devices.autocast(device, dtype):
                 loss = compute_losses(model, batch)[0]
             loss.backward()
             t.optimizer.step()
@@ -103,7 +104,10 @@ def measure_training(_, pairs: Path, args, device):
 
 def measure_loader(_, pairs: Path, args, device):
     """Faces a second that one core draws, and all workers, for either stage of training."""
-    stages = {"pretrain": (common.CONTRASTIVE_VIEW, 2), "finetune": (common.SUPERVISED_VIEW, 1)}
+    stages = {
+        "pretrain": (common.CONTRASTIVE_AUGMENTATION, 2),
+        "finetune": (common.SUPERVISED_AUGMENTATION, 1),
+    }
     for stage, (view, views) in stages.items():
         dataset = common.FaceDataset(pairs, args.image_size, view, views, with_masks=views == 1)
         loaders = [training.train_loader(dataset, args.batch_size, 0, n, device) for n in (0, args.workers)]
@@ -115,7 +119,7 @@ def measure_loader(_, pairs: Path, args, device):
 def measure_evaluation(raw: Path, pairs: Path, args, device):
     """Faces a second that are scored and predicted by the released model."""
     model, checkpoint = common.load_model(RELEASED, device)
-    dtype, size = common.choose_precision(args.precision, device), checkpoint["preprocessing"]["image_size"]
+    dtype, size = devices.choose_precision(args.precision, device), checkpoint["preprocessing"]["image_size"]
     dataset = common.FaceDataset(pairs, size, workers=args.workers)
     batch = common.to_input(dataset.images[:256], device)
     flags = ["--workers", args.workers, "--device", args.device, "--precision", args.precision]
@@ -123,8 +127,8 @@ def measure_evaluation(raw: Path, pairs: Path, args, device):
     @torch.inference_mode()
     def forward():
         for start in range(0, len(dataset), 256):
-            with common.autocast(device, dtype):
-                model(batch[: len(dataset) - start])
+            with devices.autocast(device, dtype):
+                common.infer(model, batch[: len(dataset) - start])
 
     works = {
         f"bare forward pass, {size} px": forward,
@@ -222,7 +226,7 @@ def get_parser():
 
 
 def main(args):
-    device = common.choose_device(args.device)
+    device = devices.choose_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     print(
         f"{name}, {cli.usable_cores()} cores, torch {torch.__version__}, training at {args.image_size} px in "

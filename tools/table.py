@@ -37,7 +37,8 @@ from cli import (
     run,
     script_parser,
 )
-from common import choose_device, load_checkpoint
+from common import load_checkpoint
+from devices import choose_device
 from evaluate import interval, measure, result_folders, score_model, write_results
 from utkface import list_pairs
 
