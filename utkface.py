@@ -37,7 +37,6 @@ UTKFACE_NAME = re.compile(
 )
 YEARS = r"\d{1,3}(?:\.\d+)?"
 STEM = re.compile(rf"({YEARS})(?:-({YEARS}))?_([01x])_([0-4x])_(.+)", re.ASCII)
-UNSAFE = re.compile(r'[%/\\:*?"<>|\x00-\x1f\x7f\udc80-\udcff]')  # what a file name cannot hold everywhere
 
 
 class Face(NamedTuple):
@@ -76,20 +75,6 @@ def parse_name(name: str) -> Face | None:
     """What a file of UTKFace, such as `26_1_0_20170116184751593.jpg.chip.jpg`, says, None if malformed."""
     match = UTKFACE_NAME.fullmatch(name)
     return parse_stem(match[1]) if match else None
-
-
-def make_stem(first: float, last: float, gender: int, race: int, path: str) -> str:
-    """The stem of an own face, as `parse_stem` reads it: years to two decimals, -1 for an unknown label.
-
-    The path is percent-encoded where it must be, and cut if it is long.
-    """
-    years = "-".join(dict.fromkeys(f"{round(year, 2):g}" for year in (first, last)))
-    labels = "_".join("x" if label < 0 else str(label) for label in (gender, race))
-    name = UNSAFE.sub(lambda letter: f"%{ord(letter[0]) & 0xFF:02X}", path)
-    if len(name.encode()) > 180:  # file systems take 255 bytes
-        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        name = f"{name.encode()[:160].decode(errors='ignore')}-{digest}"
-    return f"{years}_{labels}_{name}"
 
 
 def age_to_group(ages):
@@ -205,6 +190,14 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
     if image is None:
         raise ValueError("unreadable image")
     return image
+
+
+def page_count(data: bytes) -> int:
+    """How many pages an encoded TIFF has, of which `decode_image` reads the first; 1 for what is no TIFF."""
+    if not data.startswith((b"II*\0", b"MM\0*")):
+        return 1
+    with Image.open(io.BytesIO(data)) as picture:
+        return picture.n_frames
 
 
 def flatten(picture: Image.Image, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:

@@ -273,11 +273,10 @@ def test_bad_pictures_are_skipped_with_a_reason(tmp_path, cli, form):
             link = tarfile.TarInfo("99_0_0_20170000000000099.jpg")
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             packed.addfile(link)
+            contents[link.name], bad[link.name] = b"", (b"", "neither a file nor a link to one")
     out = tmp_path / "out"
     code, printed, err = cli("masks", "--input", source, "--output", out, "--workers", 2)
-    assert (
-        code == 0 and err.startswith(f"warning: {len(good)} pictures are not square") and err.count("\n") == 1
-    )
+    assert code == 0 and f"warning: {len(good)} pictures are not square" in err
     assert f"{len(contents)} files: {len(good)} pairs written" in printed and f"{len(bad)} skipped" in printed
     with open(out / "skipped.csv", newline="", encoding="utf-8") as file:
         reasons = {row["file"]: row["reason"] for row in csv.DictReader(file)}

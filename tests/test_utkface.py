@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, features
 
 from cli import UserError
 from conftest import noise_pairs, write_pair
+from inputs import make_stem
 from utkface import (
     AGE_GROUPS,
     GENDERS,
@@ -24,7 +25,6 @@ from utkface import (
     decode_image,
     flatten,
     list_pairs,
-    make_stem,
     parse_name,
     parse_stem,
     pixel_hash,

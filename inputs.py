@@ -1,0 +1,258 @@
+"""What masks.py is given: pictures in a folder or an archive, and a table of labels. No torch.
+
+Tables as APPA-REAL, FairFace and Adience publish them are read as they are.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import os
+import posixpath
+import re
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+
+from cli import UserError
+from utkface import AGE_GROUPS, GENDERS, RACES, walk_files
+
+# ------------------------------------------------------------------------------------------------------------
+# Files in folders and archives
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def archive_errors(source: Path):
+    """Turns the damage of a whole archive into a UserError."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+        reason = str(error).split(":")[0]  # tarfile goes on with a line for each format that it tried
+        raise UserError(f"--input {source}: {reason}; give a folder, or a whole .tar.gz or .zip") from None
+
+
+def read_alone(read: Callable, *args) -> bytes:
+    """What `read` returns of a file whose damage is its own: in a folder or a .zip, not in a .tar.gz."""
+    try:
+        return read(*args)
+    except (OSError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError("encrypted" if "encrypted" in reason else f"cannot be read: {reason}") from None
+
+
+def follow_link(link: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The file within an archive that a link leads to, if it leads to one."""
+    for _ in range(40):  # links to links; more are a loop
+        if link is None or not (link.issym() or link.islnk()):
+            break
+        folder = posixpath.dirname(link.name) if link.issym() else ""
+        link = members.get(posixpath.normpath(posixpath.join(folder, link.linkname)))
+    return link if link and link.isfile() else None
+
+
+def read_files(
+    source: Path, output: Path, skip: Callable[[str, str], None]
+) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """Yields name, size, reader of each file in a folder (but for the output's) or archive, in a fixed order.
+
+    Nothing is unpacked: call a reader before asking for the next file; it raises ValueError for a file that
+    cannot be read though others can. `skip(name, reason)` is told of what is no file. UserError if there is
+    no source.
+    """
+    if source.is_dir():
+        files, unreadable = walk_files(source, [output])
+        for path, reason in unreadable.items():
+            skip(path.relative_to(source).as_posix(), reason)
+        for path in files:
+            name = path.relative_to(source).as_posix()
+            yield name, path.stat().st_size, partial(read_alone, path.read_bytes)
+    elif not source.is_file():
+        raise UserError(f"--input {source} does not exist: name a folder, .tar.gz or .zip of faces")
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for member in archive.infolist():
+                name = member.filename.replace("\\", "/")  # as some Windows programs write it
+                if not name.endswith("/"):
+                    yield name, member.file_size, partial(read_alone, archive.read, member)
+    else:
+        with tarfile.open(source) as archive:
+            members, links = {}, []
+            for member in archive:
+                members[posixpath.normpath(member.name)] = member
+                if member.isfile():
+                    yield member.name, member.size, archive.extractfile(member).read
+                elif not member.isdir():
+                    links.append(member)
+            found = [(follow_link(link, members), link.name) for link in links]
+            for target, name in found:
+                if target is None:
+                    skip(name, "neither a file nor a link to one in the archive")
+            # In the order of the files, each read once for all its links: going back unpacks a .gz again.
+            read = lru_cache(1)(lambda target: archive.extractfile(target).read())
+            found = [(target, name) for target, name in found if target]
+            for target, name in sorted(found, key=lambda pair: pair[0].offset_data):
+                yield name, target.size, partial(read, target)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Labels of own faces
+# ------------------------------------------------------------------------------------------------------------
+
+SPELLINGS = {  # of each column; where a table has several, the first counts
+    "file": ("file", "file_name", "filename", "img_name", "image", "path"),
+    "age": ("age", "real_age", "apparent_age_avg"),
+    "gender": ("gender", "sex"),
+    "race": ("race", "ethnicity"),
+}
+WORDS = {  # beside the names in utkface.py and their indices
+    "gender": {"man": 0, "m": 0, "woman": 1, "f": 1},
+    "race": {
+        "caucasian": 0, "afroamerican": 1, "east asian": 2, "southeast asian": 2, "middle eastern": 4,
+        "latino_hispanic": 4, "other": 4,
+    },
+}  # fmt: skip
+UNKNOWN = ("", "x", "-", "-1", "?", "na", "n/a", "nan", "none", "null", "unknown")
+OLDEST = 100  # where a range without an end stops, such as "more than 70"
+NUMBER = r"(-?\d+(?:[.,]\d+)?)"
+AGE = re.compile(NUMBER)
+RANGE = re.compile(rf"\(?{NUMBER}\s*(?:-|–|to|,)\s*{NUMBER}\)?")
+OPEN_RANGE = re.compile(rf"(?:more than|over|>=?)\s*{NUMBER}|{NUMBER}\s*(?:\+|and over|or more)")
+CROP_ENDING = "_face.jpg"  # APPA-REAL has a crop beside each photograph
+UNSAFE = re.compile(r'[%/\\:*?"<>|\x00-\x1f\x7f\udc80-\udcff]')  # what a file name cannot hold everywhere
+
+
+def column_name(text: str) -> tuple[str, str]:
+    """An argparse type: `age=real_age` → ("age", "real_age")."""
+    column, _, name = text.partition("=")
+    if column not in SPELLINGS or not name:
+        raise argparse.ArgumentTypeError(f"must be file=…, age=…, gender=… or race=…, not {text}")
+    return column, name
+
+
+def parse_age(text: str) -> tuple[float, float]:
+    """First and last year of an age (`31.5`), a range (`20-29`, `more than 70`) or the name of an age group.
+
+    Raises ValueError with the reason why it is none.
+    """
+    word = text.strip().lower()
+    if word in UNKNOWN:
+        raise ValueError("no age")
+    for name, (first, last) in AGE_GROUPS.items():
+        if word == name.lower():
+            return first, min(last, OLDEST)
+    match = AGE.fullmatch(word) or OPEN_RANGE.fullmatch(word) or RANGE.fullmatch(word)
+    if not match:
+        raise ValueError(f"age {text.strip()!r} is neither a number nor a range of years")
+    years = [float(number.replace(",", ".")) for number in match.groups() if number]
+    first, last = years[0], OLDEST if match.re is OPEN_RANGE else years[-1]
+    if not 0 <= first <= last <= 130:
+        raise ValueError(f"age {word} does not lie within 0 to 130")
+    return first, last
+
+
+def parse_label(kind: str, text: str) -> int:
+    """Index of a gender or race, -1 for one that is missing; raises KeyError for a word that is not known."""
+    names = {"gender": GENDERS, "race": RACES}[kind]
+    word = text.strip().lower().removesuffix(".0")  # as pandas writes whole numbers beside gaps
+    words = {name.lower(): i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
+    return (words | WORDS[kind] | dict.fromkeys(UNKNOWN, -1))[word]
+
+
+def read_labels(path: str, columns: dict[str, str]) -> tuple[list, Counter]:
+    """The rows of a table: (file, (first year, last year, gender, race) or the reason why it has no age).
+
+    columns: other names of the columns in `SPELLINGS`. Also counts the words for gender and race that are not
+    known, which count as missing. Raises UserError if the table cannot be read or lacks a column.
+    """
+    try:
+        text = Path(path).read_text(
+            encoding="utf-8-sig"
+        )  # spreadsheets add a byte order mark, and semicolons
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+        header = {name.strip().lower(): name for name in table.fieldnames or ()}
+        lines = list(table)
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--labels {path} cannot be read ({reason}): give a CSV in UTF-8") from None
+    place = {}
+    for column, spellings in SPELLINGS.items():
+        wanted = [columns[column].strip().lower()] if column in columns else spellings
+        place[column] = next((header[name] for name in wanted if name in header), None)
+        if place[column] is None and (column in columns or column in ("file", "age")):
+            raise UserError(
+                f"--labels {path}: no column {wanted[0]} in its first line ({', '.join(header)[:80]}): "
+                f"name the columns there, or give --columns {column}=NAME"
+            )
+    rows, strange = [], Counter()
+    for number, line in enumerate(lines, 1):
+        file = line[place["file"]].strip() or f"row {number}"
+        try:
+            label = [*parse_age(line[place["age"]])]
+        except ValueError as error:
+            rows.append((file, str(error)))
+            continue
+        for kind in WORDS:
+            word = line[place[kind]] if place[kind] else ""
+            try:
+                label.append(parse_label(kind, word))
+            except KeyError:
+                label.append(-1)
+                strange[f"{kind} {word.strip()!r}"] += 1
+        rows.append((file, tuple(label)))
+    return rows, strange
+
+
+def make_stem(first: float, last: float, gender: int, race: int, path: str) -> str:
+    """The stem of an own face, as `utkface.parse_stem` reads it; years to two decimals, -1 if not known.
+
+    The path is percent-encoded where it must be, and cut if it is long.
+    """
+    years = "-".join(dict.fromkeys(f"{round(year, 2):g}" for year in (first, last)))
+    labels = "_".join("x" if label < 0 else str(label) for label in (gender, race))
+    name = UNSAFE.sub(lambda letter: f"%{ord(letter[0]) & 0xFF:02X}", path)
+    if len(name.encode()) > 180:  # file systems take 255 bytes
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        name = f"{name.encode()[:160].decode(errors='ignore')}-{digest}"
+    return f"{years}_{labels}_{name}"
+
+
+def match_labels(rows: list, names: list[str], source: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The stems of the files that rows of `read_labels` name, and why the other files and rows have none.
+
+    names: paths of the files within `source`. A row names one of them by its path, or by its bare name where
+    no other file has it.
+    """
+    by_path, by_name, labels, reasons = {}, defaultdict(list), {}, {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name)  # macOS takes letters and their accents apart
+        by_path[key] = [name]
+        by_name[posixpath.basename(key)].append(name)
+    for file, label in rows:
+        path = file.replace("\\", "/")
+        path = os.path.relpath(path, os.path.abspath(source)) if posixpath.isabs(path) else path
+        key = unicodedata.normalize("NFC", posixpath.normpath(path))
+        found = []
+        for wanted in (key + CROP_ENDING, key):
+            found = found or by_path.get(wanted) or by_name.get(wanted, [])
+        if len(found) > 1:
+            reasons[file] = f"{len(found)} files have this name: give their folders"
+        elif not found:
+            reasons[file] = "leads out of --input" if key.startswith("../") else "no such file"
+        elif labels.setdefault(found[0], label) != label:
+            labels[found[0]] = "its rows disagree"
+    stems = {}
+    for name in names:
+        label = labels.get(name, "no row in --labels")
+        if isinstance(label, tuple):
+            stems[name] = make_stem(*label, name)
+        else:
+            reasons[name] = f"its {CROP_ENDING} is taken" if name + CROP_ENDING in labels else label
+    return stems, reasons
