@@ -44,7 +44,6 @@ TRENDS = {
     "lips": (1.10, 1.10, 1.10, 1.15, 1.10, 0.92, 0.72, 0.52, 0.36),
     "blush": (0.50, 0.45, 0.35, 0.25, 0.16, 0.06, 0.05, 0.05, 0.05),
     "creases": (0.00, 0.00, 0.00, 0.02, 0.10, 0.34, 0.62, 0.85, 1.05),
-    "rough": (0.00, 0.02, 0.05, 0.18, 0.18, 0.28, 0.48, 0.75, 1.00),
 }
 SKIN = ((234, 192, 168), (136, 94, 72), (232, 192, 156), (182, 132, 98), (206, 158, 124))  # RGB, by race
 HAIR = ((26, 22, 22), (50, 34, 24), (92, 62, 38), (176, 136, 84), (140, 66, 34))  # black to blond, red
@@ -57,12 +56,13 @@ def sample_looks(rng: np.random.Generator, age: int, gender: int, race: int) -> 
     apparent_ages = zip(TRENDS, (age + 3) * np.exp(error) - 3)
     looks = SimpleNamespace(**{key: np.interp(years, YEARS, TRENDS[key]) for key, years in apparent_ages})
     looks.man, looks.race = gender == 0, race
-    looks.eye_x, looks.mouth_y = rng.normal((0.37, 0.42 + 0.4 * (looks.chin - 0.91)), 0.014)
+    looks.width, looks.chin = (looks.width, looks.chin) * rng.normal(1, 0.03, 2)
+    looks.eye_x, looks.mouth_y = rng.normal((0.37, 0.42 + 0.4 * (looks.chin - 0.91)), 0.02)
     looks.skin = np.clip(np.array(SKIN[race]) * rng.normal(1, 0.09) + rng.normal(0, 4, 3), 20, 245)
-    looks.hair = np.array(HAIR[rng.choice(5 if race == 0 else 2)]) * rng.uniform(0.8, 1.25)
+    looks.hair = np.array(HAIR[rng.choice(5 if race == 0 else 2)]) * rng.uniform(0.7, 1.6)
     looks.curly = race == 1 or rng.random() < 0.12
     looks.long = rng.random() < (0.03 if looks.man else 0.2 if age < 3 else 0.75)
-    looks.volume = rng.uniform(0.06, 0.14) + looks.long * rng.uniform(0.04, 0.25) + looks.curly * 0.06
+    looks.volume = rng.uniform(0.06, 0.14) + looks.long * rng.uniform(-0.02, 0.25) + looks.curly * 0.06
     looks.fringe = rng.uniform(0.08, 0.28) if rng.random() < 0.3 else rng.uniform(-0.04, 0.05)
     looks.bald *= rng.uniform(0.1, 1.1) if looks.man else 0.1
     return looks
@@ -129,12 +129,13 @@ def make_hair(rng, looks) -> np.ndarray:
 
 
 def draw_background(sheet, rng, looks):
-    """A gradient or blobs, now and then in the colour of skin; hair behind the head, neck, clothes, ears."""
+    """A gradient or blobs, now and then coloured as skin; hair behind, neck, clothes, ears."""
     base = looks.skin if rng.random() < 0.06 else rng.uniform(20, 235) + rng.normal(0, 28, 3)
-    mix = X + Y * rng.normal() if rng.random() < 0.5 else noise(rng, rng.integers(4, 12))
-    sheet.pixels = np.clip(base + rng.normal(0, 30, 3) * mix[..., None], 0, 255).astype(np.float32)
+    mix = noise(rng, rng.integers(2, 12))[..., None]
+    tint = rng.choice((-1, 1)) * rng.uniform(25, 70) + rng.normal(0, 12, 3)
+    sheet.pixels = np.clip(base + tint * mix, 0, 255).astype(np.float32)
     hood = head(looks, -1.35, looks.volume)
-    hood[hood[:, 1] > -0.1, 1] *= 1.6 if looks.long else 0
+    hood[hood[:, 1] > -0.1, 1] *= rng.uniform(0.8, 1.6) if looks.long else 0
     paint(sheet, hood, sheet.hair, looks.density, soft=0.015)
     paint(sheet, [(-0.45, 0.4), (0.45, 0.4), (0.45, 2), (-0.45, 2)], looks.skin * 0.57, soft=0.02)
     paint(sheet, ellipse(0, 1.7, 1.5, rng.uniform(0.65, 0.8)), rng.uniform(20, 235, 3), soft=0.01)
@@ -146,10 +147,10 @@ def draw_skin(sheet, rng, looks):
     """The bare face, lit as a rounded head is; blush, sockets, and lines of forehead, eyes and cheeks."""
     sheet.skin = stamp(sheet.pose, head(looks, -1.12), soft=0.004) / np.float32(255)
     slope_x, slope_y = X * (0.35 + 0.75 * X * X), Y * (0.25 + 0.35 * Y * Y)
-    light_x, light_y = rng.normal(0, 0.45), rng.uniform(-0.9, -0.1)
+    light_x, light_y = rng.normal(0, 0.5), rng.uniform(-1, 0)
     lit = np.maximum(1 + slope_x * light_x + slope_y * light_y, 0) / np.sqrt(1 + slope_x**2 + slope_y**2)
-    grain = (0.01 + 0.02 * looks.rough) * (noise(rng, 100) + noise(rng, 40))
-    shade = 0.4 + 0.6 * lit + 0.12 * (lit / np.hypot(1, np.hypot(light_x, light_y))) ** 14 + grain
+    grain = (0.01 + 0.02 * looks.creases) * (noise(rng, 100) + noise(rng, 40))
+    shade = 1 + rng.uniform(0.4, 0.9) * (lit - 1) + grain
     sheet.pixels += (looks.skin * shade[..., None] - sheet.pixels) * sheet.skin[..., None]
     for s in (-1, 1):
         paint(sheet, ellipse(s * 0.48, 0.1, 0.2, 0.15), looks.skin * (1, 0.7, 0.7), looks.blush, soft=0.09)
@@ -204,7 +205,8 @@ def draw_eyes(sheet, rng, looks):
 def draw_hair(sheet, rng, looks):
     """Hair over forehead and temples: the skin that it covers is no longer seen."""
     u, bald = np.linspace(-1.6, 1.6, 161), looks.bald
-    y = looks.fringe * np.exp(-((u / 0.75) ** 6)) + 0.62 * np.minimum(np.abs(u), 1) ** (5 + 6 * bald) - 0.98
+    y = (looks.fringe + rng.normal(0, 0.1) * u) * np.exp(-((u / 0.75) ** 6)) - 0.98
+    y += 0.62 * np.minimum(np.abs(u), 1) ** rng.uniform(3, 6) * (1 - 0.5 * bald)
     y -= 0.5 * bald * np.exp(-(((np.abs(u) - 0.5) / 0.3) ** 2)) + 0.5 * max(bald - 0.45, 0)
     y += 0.03 * cv2.blur(rng.normal(0, 1, (161, 1)), (1, 3)).ravel()
     front = stamp(sheet.pose, band(u * looks.width, y, 0 * u - 2), soft=0.008 + 0.03 * (1 - looks.density))
@@ -224,8 +226,7 @@ def draw_face(looks: SimpleNamespace, rng: np.random.Generator) -> tuple[np.ndar
     # Cameras differ in focus, colour, exposure and noise.
     image = cv2.GaussianBlur(sheet.pixels, (0, 0), rng.gamma(2, 0.4) + 0.3) / 255
     image = cv2.pow(np.clip(image * np.exp(rng.normal(0, 0.06, 3)), 0, 1), np.exp(rng.normal(-0.1, 0.2)))
-    image = image * rng.uniform(205, 280) + rng.normal(8, 8)
-    image += rng.standard_normal(image.shape, np.float32) * rng.gamma(2, 1.2)
+    image = image * rng.uniform(205, 280) + rng.normal(8, 8) + rng.normal(0, rng.gamma(2, 1.2), image.shape)
     return np.clip(image, 0, 255).astype(np.uint8), np.where(sheet.skin > 0.5, 255, 0).astype(np.uint8)
 
 
@@ -243,10 +244,9 @@ def write_face(index: int, seed: int, labels: tuple[int, int, int], image_path: 
     """Draws and writes a face and its mask."""
     rng = np.random.default_rng((seed, index))  # its own: a face must not depend on who draws it, or when
     image, mask = draw_face(sample_looks(rng, *labels), rng)
-    image = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-    for path, encoded in ((mask_path, cv2.imencode(".png", mask)[1]), (image_path, image)):
+    for path, kind, picture in ((mask_path, ".png", mask), (image_path, ".jpg", image[..., ::-1])):
         with atomic_path(path) as temporary:
-            temporary.write_bytes(encoded)
+            temporary.write_bytes(cv2.imencode(kind, picture)[1])
 
 
 def get_parser():
