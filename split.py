@@ -4,20 +4,19 @@
     python split.py --fractions 0 0 1 --input exam --output exam_split
 
 Every age group is shared out in the fractions asked for. Near-duplicates, which are crops of one photograph,
-stay together, and so does what they are linked to through others. Candidates are pairs whose 32x32 grey
-thumbnails correlate above 0.90, as they lie or mirrored. A pair counts above 0.98 as it lies, or above
---near-duplicate once an affine fit has laid one face on the other. What only aligning links is moved to the
-earliest split that one of them is in. Pairs whose ages disagree are listed in `conflicts.csv`.
+stay together, and so does what they are linked to through others. A pair counts where its 32x32 grey
+thumbnails correlate above 0.98, or, once an affine fit has laid one face on the other, mirrored or not, above
+--near-duplicate. Pairs whose ages disagree are listed in `conflicts.csv`.
 
-The result depends on the faces, the flags and the seed alone, not on the order of files. An unchanged split
-is recognised and left as it is.
+The result depends on the faces, the flags and the seed alone. An unchanged split is left as it is.
 """
 
-import csv
+import filecmp
 import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -25,14 +24,18 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import yaml
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from cli import UserError, check_writable, number, progress, remove_leftovers, run, script_parser, write_csv
 from utkface import GROUP_NAMES, age_to_group, list_pairs, read_pair, resize
 
 CANDIDATE = 0.90  # correlation of thumbnails, mirrored or not, above which a pair is worth aligning
 AS_THEY_LIE = 0.98  # above which it needs no aligning
+MANY = 32  # faces in a group beyond which not all of its pairs are listed
 SPLITS = ("train", "val", "test")
 COLUMNS = ["file", "split", "age", "gender", "race", "group", "duplicate_of"]
+TABLES = ("split.csv", "conflicts.csv", "split.yaml")
 CONFLICT_COLUMNS = ["file", "other", "age", "other_age", "correlation"]
 
 # ------------------------------------------------------------------------------------------------------------
@@ -93,58 +96,65 @@ def aligned_correlation(image, other):
     return float(first @ second)
 
 
+def worth_listing(groups, first, others):
+    """Those of `others`, int (K,), whose pair with `first` is listed, given all items' groups, int (N,)."""
+    small = (groups == groups[first]).sum() <= MANY
+    return (others if small else others[groups[others] != groups[first]]).tolist()
+
+
 def find_near_duplicates(thumbnails, threshold, workers=1, block=2048):
-    """Sorted list of every `Pair` of uint8 thumbnails (N, 64, 64) that show one photograph.
+    """Sorted list of `Pair`s of uint8 thumbnails (N, 64, 64) that show one photograph.
 
     A pair counts above `AS_THEY_LIE` at 32×32, or above `threshold` once aligned at 64×64, mirrored or not.
-    Compares block by block: time grows with N², memory with N.
+    All pairs of a group are listed, but beyond `MANY` faces only those that link two parts of it: many copies
+    of one picture cost in proportion to their number. Compares block by block: time grows with N², memory
+    with N.
     """
     small = np.stack([resize(thumbnail, 32) for thumbnail in thumbnails])
     upright, mirrored = unit_vectors(small), unit_vectors(small[:, :, ::-1])
-    found, candidates = {}, []
-    starts = range(0, len(small), block)
-    blocks = [(top, left) for top in starts for left in starts if left >= top]
-    for top, left in progress(blocks, "near-duplicates", unit="block"):
-        for others in (upright, mirrored):
-            correlation = upright[top : top + block] @ others[left : left + block].T  # block×block
-            for i, j in np.argwhere(correlation > CANDIDATE):
-                first, second = int(top + i), int(left + j)
-                if first >= second:
-                    continue
-                if others is upright and correlation[i, j] > AS_THEY_LIE:
-                    found[first, second] = Pair(first, second, float(correlation[i, j]), aligned=False)
-                else:
-                    candidates.append((first, second, others is mirrored))
+    lying, linked = np.arange(len(small)), np.arange(len(small))  # groups so far: as they lie, and in all
+    found = {}
 
-    def align(candidate):
-        first, second, flip = candidate
+    def join(groups, first, others):
+        groups[np.isin(groups, groups[others])] = groups[first]
+
+    def align(first, flip, second):
         other = thumbnails[second][:, ::-1].copy() if flip else thumbnails[second]
         return aligned_correlation(thumbnails[first], other)
 
+    starts = range(0, len(small), block)
+    blocks = [(top, left) for top in starts for left in starts if left >= top]
     with ThreadPool(max(workers, 1)) as pool:
-        aligning = pool.imap(align, candidates, chunksize=64)
-        aligning = progress(aligning, "aligning", len(candidates), unit="pair")
-        for (first, second, _), correlation in zip(candidates, aligning):
-            known = found.get((first, second), Pair(first, second, threshold, aligned=True))
-            if known.aligned and correlation > known.correlation:
-                found[first, second] = known._replace(correlation=correlation)
+        for top, left in progress(blocks, "near-duplicates", unit="block"):
+            for flip, vectors in enumerate((upright, mirrored)):
+                block_correlation = upright[top : top + block] @ vectors[left : left + block].T  # block×block
+                for row in np.flatnonzero((block_correlation > CANDIDATE).any(axis=1)).tolist():
+                    first, correlation = top + row, block_correlation[row]
+                    others = left + np.flatnonzero(correlation > CANDIDATE)
+                    others = others[others > first]
+                    if not flip:
+                        close = correlation[others - left] > AS_THEY_LIE
+                        copies, others = others[close], others[~close]
+                        for second in worth_listing(lying, first, copies):
+                            strength = float(correlation[second - left])
+                            found[first, second] = Pair(first, second, strength, aligned=False)
+                        join(lying, first, copies)
+                        join(linked, first, copies)
+                    others = worth_listing(linked, first, others)
+                    for second, strength in zip(others, pool.map(partial(align, first, flip), others)):
+                        known = found.get((first, second), Pair(first, second, threshold, aligned=True))
+                        if known.aligned and strength > known.correlation:
+                            found[first, second] = known._replace(correlation=strength)
+                            join(linked, first, [second])
     return sorted(found.values())
 
 
 def connect(count, pairs):
     """The smallest index that each item is linked to through `pairs`, directly or not: int (count,)."""
-    root = list(range(count))
-
-    def find(i):
-        while root[i] != i:
-            root[i] = root[root[i]]
-            i = root[i]
-        return i
-
-    for i, j, *_ in pairs:
-        low, high = sorted((find(i), find(j)))
-        root[high] = low
-    return np.array([find(i) for i in range(count)])
+    first, second = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
+    links = coo_array((np.ones(len(first)), (first, second)), (count, count))
+    labels = connected_components(links, directed=False)[1]
+    return np.unique(labels, return_index=True)[1][labels]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,7 +192,7 @@ def assign(groups, components, fractions, seed):
 
 
 def share_out(groups, pairs, fractions, seed):
-    """Splits 0–2 for N faces of age `groups`, near-duplicates together, and how many faces moved for that.
+    """Splits 0–2 for N faces of age `groups`, near-duplicates together.
 
     In two steps, on purpose: shares are dealt by pairs as they lie, and what aligning links moves to the
     earliest split that one of them is in. So a split made before there was aligning stays the same but for
@@ -193,8 +203,7 @@ def share_out(groups, pairs, fractions, seed):
     components = connect(len(groups), pairs)
     earliest = np.full(len(groups), len(SPLITS))
     np.minimum.at(earliest, components, dealt)
-    splits = earliest[components]
-    return splits, int((splits != dealt).sum())
+    return earliest[components]
 
 
 def print_table(groups, splits):
@@ -219,7 +228,7 @@ def warn_of_gaps(groups, splits, fractions):
     missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), groups[splits == 0])
     if len(missing) and fractions[0] > 0:
         names = ", ".join(GROUP_NAMES[group] for group in missing)
-        print(f"warning: train holds no face of {names}: finetune.py will refuse it", file=sys.stderr)
+        print(f"warning: train holds no face of {names}: no model can learn of them", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -227,46 +236,44 @@ def warn_of_gaps(groups, splits, fractions):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def tabulate(faces, groups, splits, pairs):
-    """The rows of `split.csv` and of `conflicts.csv`, as dicts of text."""
+def tabulate(faces, splits, pairs):
+    """The rows of `split.csv` and of `conflicts.csv`, as dicts of text; what is not known is empty."""
     components = connect(len(faces), pairs)
     names = [f"{face.stem}_image.png" for face in faces]
+    ages = [face.stem.split("_")[0] for face in faces]  # a range as it is
     rows = []
     for i, face in enumerate(faces):
+        labels = ("" if label < 0 else label for label in (face.gender, face.race, face.group))
         original = "" if components[i] == i else names[components[i]]
-        row = (names[i], SPLITS[splits[i]], face.age, face.gender, face.race, groups[i], original)
+        row = (names[i], SPLITS[splits[i]], ages[i], *labels, original)
         rows.append(dict(zip(COLUMNS, map(str, row))))
     conflicts = []
     for i, j, correlation, _ in pairs:
-        if faces[i].age != faces[j].age:
-            row = (names[i], names[j], faces[i].age, faces[j].age, f"{correlation:.4f}")
-            conflicts.append(dict(zip(CONFLICT_COLUMNS, map(str, row))))
+        if abs(faces[i].age - faces[j].age) > faces[i].spread + faces[j].spread:
+            row = (names[i], names[j], ages[i], ages[j], f"{correlation:.4f}")
+            conflicts.append(dict(zip(CONFLICT_COLUMNS, row)))
     return rows, conflicts
 
 
-def is_there(source, target, rows, conflicts, settings):
-    """Whether `target` holds exactly this split: settings, tables, and every pair as it is in `source`."""
+def same_split(new, old):
+    """Whether two folders hold the same split: the same pairs, and the same in each file."""
+    pictures, others = (
+        {path.relative_to(folder) for path in folder.glob("*/*.png")} for folder in (new, old)
+    )
+    if pictures != others:
+        return False
+    files = ((new / name, old / name) for name in (*TABLES, *sorted(pictures)))
     try:
-        if (target / "split.yaml").read_text(encoding="utf-8") != settings:
-            return False
-        for name, table in (("split.csv", rows), ("conflicts.csv", conflicts)):
-            with open(target / name, newline="", encoding="utf-8") as file:
-                if list(csv.DictReader(file)) != table:
-                    return False
-    except (OSError, ValueError, csv.Error):  # nothing there, or not as it was written
+        return all(os.path.samefile(*pair) or filecmp.cmp(*pair, shallow=False) for pair in files)
+    except OSError:  # a table is missing
         return False
-    wanted = {(row["split"], row["file"]) for row in rows}
-    wanted |= {(split, name.replace("_image.png", "_mask.png")) for split, name in wanted}
-    if wanted != {(s, name) for s in SPLITS if (target / s).is_dir() for name in os.listdir(target / s)}:
-        return False
-    stats = ((os.stat(target / split / name), os.stat(source / name)) for split, name in wanted)
-    return all((a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns) for a, b in stats)  # links, copies
 
 
-def write_split(source, target, rows, conflicts, settings):
+def write_split(source, target, rows, conflicts, settings, overwrite):
     """Builds the folders beside `target`, with hard links to the pairs where possible, and renames.
 
     A split that is replaced goes before the new one comes: a kill in between leaves none, and none by halves.
+    Returns whether `target` holds this split already; raises UserError if it holds another one.
     """
     building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     try:
@@ -274,8 +281,7 @@ def write_split(source, target, rows, conflicts, settings):
         for split in SPLITS:
             (new / split).mkdir(parents=True)
         for row in progress(rows, "link", unit="face"):
-            mask = row["file"].replace("_image.png", "_mask.png")
-            for name in (row["file"], mask):
+            for name in (row["file"], row["file"].removesuffix("_image.png") + "_mask.png"):
                 try:
                     os.link(source / name, new / row["split"] / name)
                 except OSError:  # another file system, or one without hard links
@@ -283,9 +289,16 @@ def write_split(source, target, rows, conflicts, settings):
         write_csv(new / "split.csv", rows, COLUMNS)
         write_csv(new / "conflicts.csv", conflicts, CONFLICT_COLUMNS)
         (new / "split.yaml").write_text(settings, encoding="utf-8")
+        if same_split(new, target):
+            return True
         if target.exists():
+            if not overwrite and any(target.iterdir()):
+                raise UserError(
+                    f"--output {target} was made from other faces or settings: --overwrite replaces it"
+                )
             target.rename(building / "old")
         new.rename(target)
+        return False
     except OSError as error:
         raise UserError(f"--output {target} cannot be written ({error.strerror}): make room") from None
     finally:
@@ -326,30 +339,23 @@ def main(args):
     pairs = find_near_duplicates(thumbnails, args.near_duplicate, args.workers)
     groups = age_to_group([face.age for face in faces])
     if args.random:
-        splits, moved = assign(groups, np.arange(len(faces)), args.fractions, args.seed), 0
+        splits = assign(groups, np.arange(len(faces)), args.fractions, args.seed)
     else:
-        splits, moved = share_out(groups, pairs, args.fractions, args.seed)
+        splits = share_out(groups, pairs, args.fractions, args.seed)
 
-    rows, conflicts = tabulate(faces, groups, splits, pairs)
+    rows, conflicts = tabulate(faces, splits, pairs)
     settings = {key: getattr(args, key) for key in ("seed", "fractions", "near_duplicate", "random")}
     settings = yaml.safe_dump(settings, sort_keys=False)
-    there = is_there(source, target, rows, conflicts, settings)
-    if not there:
-        if is_split and not args.overwrite:
-            raise UserError(
-                f"--output {args.output} was made from other faces or settings: --overwrite replaces it"
-            )
-        write_split(source, target, rows, conflicts, settings)
+    there = write_split(source, target, rows, conflicts, settings, args.overwrite)
 
     print_table(groups, splits)
     warn_of_gaps(groups, splits, args.fractions)
     sizes = np.unique(connect(len(faces), pairs), return_counts=True)[1]
     sizes, aligned = sizes[sizes > 1], sum(pair.aligned for pair in pairs)
-    together = f"stay together, {moved} faces moved to an earlier split"
     print(
         f"{args.output} {'holds this split already' if there else 'written'}: {len(faces)} faces; "
         f"{len(pairs)} near-duplicate pairs, {aligned} of them only when aligned, in {len(sizes)} groups "
-        f"of {sizes.sum()} faces {'may straddle splits' if args.random else together}; "
+        f"of {sizes.sum()} faces {'may straddle splits' if args.random else 'stay together'}; "
         f"{len(conflicts)} pairs disagree on the age (conflicts.csv)"
     )
 

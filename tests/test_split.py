@@ -161,14 +161,14 @@ def test_aligning_changes_an_older_split_only_where_it_must():
     groups = np.random.default_rng(3).integers(6, size=600)
     lying = [Pair(i, i + 1, 0.99, False) for i in range(0, 60, 2)]
     aligned = [Pair(i, 300 + i, 0.98, True) for i in range(0, 100, 2)]
-    before, moved = share_out(groups, lying, (0.7, 0.1, 0.2), seed=4)
-    assert moved == 0 and (before == assign(groups, connect(600, lying), (0.7, 0.1, 0.2), seed=4)).all()
-    after, moved = share_out(groups, lying + aligned, (0.7, 0.1, 0.2), seed=4)
+    before = share_out(groups, lying, (0.7, 0.1, 0.2), seed=4)
+    assert (before == assign(groups, connect(600, lying), (0.7, 0.1, 0.2), seed=4)).all()
+    after = share_out(groups, lying + aligned, (0.7, 0.1, 0.2), seed=4)
     components = connect(600, lying + aligned)
     for root in np.unique(components):
         member = components == root
         assert (after[member] == before[member].min()).all()
-    assert moved == (after != before).sum() > 10
+    assert (after != before).sum() > 10
 
 
 def test_every_pair_lands_in_exactly_one_split(tmp_path, cli):
@@ -246,13 +246,20 @@ def test_rerun_and_overwrite(tmp_path, cli, refuse):
     assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
     assert tree(target) != before
     mask = next((target / "train").glob("*_mask.png"))
-    write_pair(tmp_path / "new", mask.name.removesuffix("_mask.png"), np.zeros((40, 40, 3), np.uint8))
+    stem, image = mask.name.removesuffix("_mask.png"), np.zeros((40, 40, 3), np.uint8)
+    write_pair(tmp_path / "new", stem, image, image[..., 0])
     os.replace(tmp_path / "new" / mask.name, source / mask.name)  # as masks.py --overwrite does
     refuse("split", *flags, "--seed", 5, words=["--overwrite"])
     assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
     assert mask.read_bytes() == (source / mask.name).read_bytes()
     shutil.rmtree(tmp_path / "new")
-    assert sorted(os.listdir(tmp_path)) == ["processed", "split"]
+    shutil.copytree(
+        target, tmp_path / "copy", copy_function=shutil.copyfile
+    )  # other times, the same contents
+    (tmp_path / "copy/train/.DS_Store").write_bytes(b"")
+    code, out, _ = cli("split", "--input", source, "--output", tmp_path / "copy", "--seed", 5)
+    assert code == 0 and "holds this split already" in out
+    assert sorted(os.listdir(tmp_path)) == ["copy", "processed", "split"]
 
 
 def test_a_kill_while_a_split_is_replaced_leaves_none_by_halves(tmp_path, cli, monkeypatch):
