@@ -6,7 +6,7 @@
 
 Writes to --out: metrics.json, predictions.csv, confusion_matrix.png, subgroups.csv and .png (by age group,
 gender and race), reliability.png (calibration) and mistakes.png (the most confident ones; it shows faces of
-the data set, so keep it to yourself). Of several models each gets a folder; tools/table.py compares them.
+the data set, so keep it to yourself). tools/table.py compares several models.
 """
 
 import csv
@@ -17,8 +17,11 @@ from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
+os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names a backend that this Python may not have
+
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from cli import (
     UserError,
@@ -32,10 +35,7 @@ from cli import (
 )
 from common import FaceDataset, load_model, score_dataset
 from devices import choose_device, choose_precision
-from utkface import GENDERS, GROUP_NAMES, RACES, Face, list_pairs, read_image
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
 
 RESAMPLES = 1000  # of the bootstrap, of the permutation test, and of perfectly calibrated outcomes
 BINS = 15  # of confidence, for calibration (Guo et al. 2017)
@@ -64,10 +64,11 @@ SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group")
 
 @dataclass
 class Scored:
-    """A checkpoint and what it says of N faces; `measure` fills in the last six fields."""
+    """A checkpoint and what it says of N faces of a folder; `measure` fills in the last four fields."""
 
     path: Path
     checkpoint: dict
+    folder: Path
     faces: list[Face]
     groups: np.ndarray  # true groups, int (N,)
     probabilities: np.ndarray  # (N, 6)
@@ -75,98 +76,102 @@ class Scored:
     per_face: dict[str, np.ndarray]  # metrics that are means over faces, (N,) each
     clusters: np.ndarray  # int (N,), which near-duplicates share
     learned: np.ndarray  # bool (N,): the model was trained on it
-    chose: np.ndarray  # bool (N,): it chose the model's epoch
+    selected_on: (
+        np.ndarray
+    )  # bool (N,): the model's epoch was selected on it, though it was not trained on it
     leaked: np.ndarray  # bool (N,): the model has learned from a near-duplicate, by split.csv
     left_out: int  # faces, by --unseen
     metrics: dict[str, float] = field(default_factory=dict)
-    draws: dict[str, np.ndarray] = field(default_factory=dict)  # bootstrap, (RESAMPLES,) each
-    intervals: dict[str, list[float]] = field(default_factory=dict)  # [low, high]
-    subgroups: list[dict] = field(default_factory=list)
-    gaps: list[dict] = field(default_factory=list)
-    calibration: dict = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)  # what metrics.json holds
+    draws: dict[str, np.ndarray] = field(default_factory=dict)  # bootstrap, (RESAMPLES,) of each metric
+    subgroups: list[dict] = field(default_factory=list)  # rows of subgroups.csv
 
     def __post_init__(self):
         self.predicted, self.confidence = self.probabilities.argmax(axis=1), self.probabilities.max(axis=1)
         self.right = self.predicted == self.groups
-        self.files = [f"{face.stem}_image.png" for face in self.faces]
+
+
+def image_name(face):
+    return f"{face.stem}_image.png"
 
 
 def read_split_table(data, files):
     """What `split.csv`, if there is one in the folder `data`, says of N files.
 
-    Returns their near-duplicate groups, int (N,), and whether each lies outside train, and outside val, and
-    another face of its group inside, which split.py allows only with --random, bool (2, N). UserError if it
-    is another table.
+    Returns their near-duplicate groups, int (N,), and whether each lies outside train, or outside val, while
+    another face of its group lies inside, bool (N,) each; split.py allows that only with --random. UserError
+    if the table is one of other faces.
     """
-    path, first, inside = Path(data) / "split.csv", {}, {"train": set(), "val": set(), "test": set()}
+    path, first, parts = Path(data) / "split.csv", {}, {"train": set(), "val": set(), "test": set()}
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark, and semicolons
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
             for row in csv.DictReader(text.splitlines(), delimiter=delimiter):
                 first[row["file"]] = row["duplicate_of"] or row["file"]
-                inside[row["split"]].add(row["file"])
+                parts[row["split"]].add(row["file"])
         except (OSError, ValueError, KeyError, csv.Error):
             first = {}
         if not first.keys() & set(files):
             raise UserError(
                 f"{path} is not split.py's table of these faces: run split.py again, or remove it"
             )
-    own, near = [first.get(name, name) for name in files], []
-    for part in (inside["train"], inside["val"]):
-        groups = {first[name] for name in part}
-        near.append([group in groups and name not in part for group, name in zip(own, files)])
-    return np.unique(own, return_inverse=True)[1], np.array(near)
+    groups = [first.get(name, name) for name in files]
+
+    def near(part):
+        inside = {first[name] for name in part}
+        return np.array([group in inside and name not in part for group, name in zip(groups, files)])
+
+    return np.unique(groups, return_inverse=True)[1], near(parts["train"]), near(parts["val"])
 
 
-def score_model(path, folder, device, dtype, datasets, workers=0, unseen=False):
+def subset(dataset, kept):
+    """The faces of a `FaceDataset` for which `kept`, bool (N,), is true."""
+    part = copy(dataset)
+    part.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
+    part.images, part.ages, part.groups = dataset.images[kept], dataset.ages[kept], dataset.groups[kept]
+    part.masks = None if dataset.masks is None else dataset.masks[kept]
+    return part
+
+
+def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceDataset):
     """Runs the model of a checkpoint on the faces of a folder, such as `split/test`; returns a `Scored`.
 
-    unseen: leaves out what the model has learned from, what chose its epoch, and their near-duplicates.
-    datasets: a dict that keeps the faces for the next checkpoint. Raises UserError if the checkpoint, the
-    folder or its table is not as it should be, or if no face is left.
+    unseen: leaves out the faces that the model has learned from or that its epoch was selected on, and their
+    near-duplicates. read: how faces are read, so that the caller of several models can keep them. Raises
+    UserError if the checkpoint, the folder or its table is not as it should be, or if no face is left.
     """
     model, checkpoint = load_model(path, device)
-    key = (checkpoint["preprocessing"]["image_size"], model.decoder is not None)
-    if key not in datasets:
-        datasets[key] = FaceDataset(folder, key[0], with_masks=key[1], workers=workers)
-    dataset = datasets[key]
-    clusters, near = read_split_table(folder.parent, [f"{face.stem}_image.png" for face in dataset.faces])
-    leaked = near[: 2 if checkpoint["config"].get("final") else 1].any(axis=0)
+    size, with_masks = checkpoint["preprocessing"]["image_size"], model.decoder is not None
+    dataset = read(folder, size, with_masks=with_masks, workers=workers)
+    files = [image_name(face) for face in dataset.faces]
+    clusters, near_train, near_val = read_split_table(folder.parent, files)
     hashes = (np.asarray(checkpoint.get(name, [])) for name in ("train_hashes", "val_hashes"))
-    learned, chose = (np.isin(dataset.hashes.numpy(), values) for values in hashes)
-    chose &= ~learned
+    learned, selected_on = (np.isin(dataset.hashes.numpy(), values) for values in hashes)
+    selected_on &= ~learned
+    leaked = (near_train | near_val if checkpoint["config"].get("final") else near_train) & ~learned
     kept = np.ones(len(dataset), bool)
     if unseen:
-        kept = ~(np.isin(clusters, clusters[learned | chose]) | near.any(axis=0))
-        count = f"{kept.sum()} of {len(dataset)} faces of {folder} remain"
+        kept = ~np.isin(clusters, clusters[learned | selected_on]) & ~near_train & ~near_val
         if not kept.any():
-            raise UserError(f"--unseen: {count} for {path}: name faces that it has not learned from")
-        table = folder.parent / "split.csv"
-        also = f", as are their near-duplicates by {table}" if table.is_file() else ""
-        print(f"{path}: {count}, unseen by the model{also}")
-        dataset = copy(dataset)
-        dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
-        dataset.images, dataset.ages, dataset.groups = (
-            values[kept] for values in (dataset.images, dataset.ages, dataset.groups)
-        )
-        dataset.masks = None if dataset.masks is None else dataset.masks[kept]
-    for what, faces in (("was trained on", learned), ("had its epoch chosen by", chose)):
-        if faces[kept].any():
-            counts = f"{faces.sum()} of these {len(faces)} faces"
-            print(f"warning: {path} {what} {counts}; --unseen leaves them out", file=sys.stderr)
+            raise UserError(
+                f"--unseen: 0 of {len(dataset)} faces of {folder} remain for {path}: name faces that it has "
+                "not learned from"
+            )
+        dataset = subset(dataset, kept)
     scores = score_dataset(model, dataset, device, dtype)
     del checkpoint["weights"]  # a table keeps many
-    ages = None if scores.ages is None else scores.ages.double().numpy()
-    per_face = {}
-    if ages is not None:
-        off = np.abs(ages - dataset.ages)
-        per_face |= {"mae_years": off, "within_five_years": (off <= 5).astype(float)}
+    ages, per_face = None, {}
+    if scores.ages is not None:
+        ages = scores.ages.double().numpy()
+        error = np.abs(ages - dataset.ages)
+        per_face |= {"mae_years": error, "within_five_years": (error <= 5).astype(float)}
     if scores.mask_iou is not None:
         per_face |= {"mask_iou": scores.mask_iou.numpy(), "mask_dice": scores.mask_dice.numpy()}
     return Scored(
-        path, checkpoint, dataset.faces, dataset.groups, scores.logits.double().softmax(dim=1).numpy(), ages,
-        per_face, clusters[kept], learned[kept], chose[kept], (leaked & ~learned)[kept], int((~kept).sum()),
+        path, checkpoint, folder, dataset.faces, dataset.groups,
+        scores.logits.double().softmax(dim=1).numpy(), ages, per_face,
+        clusters[kept], learned[kept], selected_on[kept], leaked[kept], int((~kept).sum()),
     )  # fmt: skip
 
 
@@ -184,7 +189,7 @@ def score(probabilities, groups, weights, per_face):
     having precision 0. AUC is NaN where only one class is present.
     """
     parts = []
-    for part in progress(np.array_split(weights, -(-len(weights) // 50)), "bootstrap"):
+    for part in progress(np.array_split(weights, -(-len(weights) // 50)), "bootstrap"):  # memory for 50
         part = part.astype(float)  # r×N
         values = rates(probabilities.argmax(axis=1), groups, part)
         areas = [rank_areas(probabilities[:, g], groups == g, part) for g in range(len(GROUP_NAMES))]
@@ -192,7 +197,9 @@ def score(probabilities, groups, weights, per_face):
         present = part @ np.eye(len(GROUP_NAMES))[groups] > 0  # r×6
         values["auc_macro_ovr"] = np.where(present.sum(axis=1) > 1, mean_over(auc, present), np.nan)
         values["ap_macro"] = mean_over(ap, present)
-        parts.append(values | {name: part @ column / part.sum(axis=1) for name, column in per_face.items()})
+        for name, column in per_face.items():
+            values[name] = part @ column / part.sum(axis=1)
+        parts.append(values)
     return {name: np.concatenate([values[name] for values in parts]) for name in METRICS if name in parts[0]}
 
 
@@ -230,13 +237,12 @@ def rank_areas(scores, positive, weights):
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # faces of one score tie
     weights, positive = weights[:, order], positive[order]
-    hits = np.cumsum(weights * positive, axis=1)[:, ends]  # R×E
-    misses = np.cumsum(weights * ~positive, axis=1)[:, ends]
-    new_hits, new_misses = np.diff(hits, prepend=0), np.diff(misses, prepend=0)
-    roc = (new_misses * (hits - new_hits / 2)).sum(axis=1)
-    precision = hits / np.maximum(hits + misses, 1)
-    total = np.maximum(hits[:, -1], 1)
-    return roc / (total * np.maximum(misses[:, -1], 1)), (new_hits * precision).sum(axis=1) / total
+    tp = np.cumsum(weights * positive, axis=1)[:, ends]  # R×E, above each threshold
+    fp = np.cumsum(weights * ~positive, axis=1)[:, ends]
+    new_tp, new_fp = np.diff(tp, prepend=0), np.diff(fp, prepend=0)
+    positives, negatives = np.maximum(tp[:, -1], 1), np.maximum(fp[:, -1], 1)
+    auc = (new_fp * (tp - new_tp / 2)).sum(axis=1) / (positives * negatives)
+    return auc, (new_tp * tp / np.maximum(tp + fp, 1)).sum(axis=1) / positives
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -299,46 +305,62 @@ def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
     return float(np.mean(np.array(gaps) >= gaps[0] - 1e-9))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Subgroups and calibration
+# ------------------------------------------------------------------------------------------------------------
+
+
+def label_subgroups(faces, groups):
+    """The subgroups of N faces: {kind: (the name of each face's, str (N,); all names in order)}."""
+    genders = np.array(GENDERS)[[face.gender for face in faces]]
+    races = np.array(RACES)[[face.race for face in faces]]
+    both = np.array([f"{race}, {gender}" for race, gender in zip(races, genders)])
+    return {
+        "age group": (np.array(GROUP_NAMES)[groups], GROUP_NAMES),  # where accuracy is recall
+        "gender": (genders, GENDERS),
+        "race": (races, RACES),
+        "race and gender": (both, [f"{race}, {gender}" for race in RACES for gender in GENDERS]),
+    }
+
+
+def score_subgroup(scored, at, weights):
+    """A row of subgroups.csv: `SUBGROUP_METRICS` of the faces at indices `at`, with 95 % intervals."""
+    predicted, groups = scored.predicted[at], scored.groups[at]
+    values, draws = rates(predicted, groups, np.ones((1, len(at)))), rates(predicted, groups, weights[:, at])
+    row = {"n": len(at), "small": int(len(at) < SMALL)}
+    for metric in SUBGROUP_METRICS:
+        value = float(values[metric][0])
+        # Balanced accuracy over a single age group is a share, too.
+        if metric in SHARES or len(np.unique(groups)) == 1:
+            low, high = wilson(value, effective_faces(scored.clusters[at]))
+        else:
+            low, high = interval(draws[metric])
+        row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = (round(x, 6) for x in (value, low, high))
+    return row
+
+
 def score_subgroups(scored, weights, seed=0):
     """Accuracies by age group, gender, race and the last two: a row a subgroup, and the widest gap of each.
 
     weights: (R, N) from `resample`. A gap lies between the highest and the lowest accuracy among subgroups of
     at least `SMALL` faces, and stands there with its `gap_p_value`.
     """
-    predicted, groups, clusters = scored.predicted, scored.groups, scored.clusters
-    gender = np.array([GENDERS[face.gender] for face in scored.faces])
-    race = np.array([RACES[face.race] for face in scored.faces])
-    both = np.array([f"{r}, {g}" for r, g in zip(race, gender)])
-    kinds = {
-        "age group": (np.array(GROUP_NAMES)[groups], GROUP_NAMES),  # where accuracy is recall
-        "gender": (gender, GENDERS),
-        "race": (race, RACES),
-        "race and gender": (both, [f"{r}, {g}" for r in RACES for g in GENDERS]),
-    }
     rows, gaps = [], []
-    for by, (labels, names) in kinds.items():
-        own, p = [], ""
-        for name in (name for name in names if name in labels):
+    for by, (labels, names) in label_subgroups(scored.faces, scored.groups).items():
+        own = []
+        for name in names:
             at = np.flatnonzero(labels == name)
-            values, draws = (
-                rates(predicted[at], groups[at], w[:, at]) for w in (np.ones_like(weights[:1]), weights)
-            )
-            row = {"by": by, "subgroup": name, "n": len(at), "small": int(len(at) < SMALL)}
-            for metric in SUBGROUP_METRICS:
-                share = metric in SHARES or len(np.unique(groups[at])) == 1  # balanced over one group, too
-                value = values[metric][0]
-                ends = wilson(value, effective_faces(clusters[at])) if share else interval(draws[metric])
-                row |= {
-                    metric + end: round(float(x), 6) for end, x in zip(("", "_low", "_high"), (value, *ends))
-                }
-            own.append(row)
-        large = [(row["accuracy"], row["subgroup"]) for row in own if not row["small"]]
+            if len(at):
+                own.append({"by": by, "subgroup": name} | score_subgroup(scored, at, weights))
+        large = sorted((row for row in own if not row["small"]), key=lambda row: row["accuracy"])
+        p = ""
         if len(large) > 1:
-            (high, highest), (low, lowest) = max(large), min(large)
-            inside = np.isin(labels, [name for _, name in large])
-            p = gap_p_value(scored.right[inside], labels[inside], clusters[inside], seed)
-            gap = {"by": by, "highest": highest, "lowest": lowest, "difference": round(high - low, 6), "p": p}
-            gaps.append(gap)
+            lowest, highest = large[0], large[-1]
+            inside = np.isin(labels, [row["subgroup"] for row in large])
+            p = gap_p_value(scored.right[inside], labels[inside], scored.clusters[inside], seed)
+            difference = round(highest["accuracy"] - lowest["accuracy"], 6)
+            gap = {"by": by, "highest": highest["subgroup"], "lowest": lowest["subgroup"]}
+            gaps.append(gap | {"difference": difference, "p": p})
         rows += [row | {"p_no_gap": p} for row in own]
     return rows, gaps
 
@@ -368,20 +390,38 @@ def measure_calibration(confidence, right, seed=0):
     }
 
 
+def accuracies_by_leak(right, leaked):
+    """How many faces are leaked, the accuracy on them and on the rest (None of none)."""
+    on_leaked, on_rest = (float(right[part].mean()) if part.any() else None for part in (leaked, ~leaked))
+    return {"n": int(leaked.sum()), "accuracy": on_leaked, "accuracy_of_the_rest": on_rest}
+
+
 def measure(scored, seed):
-    """Fills in the metrics of a `Scored`, their intervals, subgroups, gaps and calibration."""
+    """Fills in the metrics of a `Scored`, their summary and draws, and its subgroups."""
     s, weights = scored, resample(scored.clusters, seed=seed)
-    values, s.draws = (
-        score(s.probabilities, s.groups, w, s.per_face) for w in (np.ones((1, len(s.faces))), weights)
-    )
-    s.metrics = {name: float(value[0]) for name, value in values.items()}
-    count = effective_faces(s.clusters)
-    s.intervals = {
-        name: wilson(value, count) if name in SHARES else interval(s.draws[name])
-        for name, value in s.metrics.items()
+    effective = effective_faces(s.clusters)
+    values = score(s.probabilities, s.groups, np.ones((1, len(s.faces))), s.per_face)
+    s.draws = score(s.probabilities, s.groups, weights, s.per_face)
+    s.subgroups, gaps = score_subgroups(s, weights, seed)
+    for name, [value] in values.items():
+        s.metrics[name] = float(value)
+        low, high = wilson(value, effective) if name in SHARES else interval(s.draws[name])
+        value, low, high = (None if np.isnan(x) else round(float(x), 6) for x in (value, low, high))
+        s.summary[name] = {"value": value, "ci95": [low, high]}
+    s.summary |= {
+        "n": len(s.faces),
+        "effective_n": round(effective, 1),
+        "absent_classes": [name for group, name in enumerate(GROUP_NAMES) if group not in s.groups],
+        **measure_calibration(s.confidence, s.right, seed),
+        "widest_gaps": gaps,
+        "seen_in_training": int(s.learned.sum()),
+        "chose_the_epoch": int(s.selected_on.sum()),
+        "left_out_by_unseen": s.left_out,
+        "near_duplicates_in_train": accuracies_by_leak(s.right, s.leaked),
+        "checkpoint": str(s.path),
+        "split": s.folder.name,
+        "bootstrap_resamples": RESAMPLES,
     }
-    s.subgroups, s.gaps = score_subgroups(s, weights, seed)
-    s.calibration = measure_calibration(s.confidence, s.right, seed)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -390,46 +430,43 @@ def measure(scored, seed):
 
 
 def save_figure(figure, path):
-    """Writes a matplotlib figure as PNG and closes it."""
+    """Writes a matplotlib figure as PNG."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
-    plt.close(figure)
 
 
-def plot_confusion_matrix(path, matrix):
-    """Draws counts (6, 6), true groups in rows, with the share of the row, as PNG."""
-    shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
-    figure, axis = plt.subplots(figsize=(7.6, 6.4), layout="constrained")
+def plot_confusion_matrix(path, scored):
+    """Draws how many faces of each true group (rows) were taken for which (columns), and their share."""
+    [counts] = confusion_matrix(scored.predicted, scored.groups, np.ones((1, len(scored.faces)))).astype(int)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    figure = Figure(figsize=(7.6, 6.4), layout="constrained")
+    axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(matrix):
-        share = shares[row, column]
-        color = "white" if share > 0.5 else "black"
-        axis.text(column, row, f"{count}\n{share:.1%}", ha="center", va="center", color=color, fontsize=9)
-    ticks = range(len(GROUP_NAMES))
-    axis.set_xticks(ticks, GROUP_NAMES, rotation=30, ha="right")
-    axis.set_yticks(ticks, GROUP_NAMES)
-    correct = matrix.trace() / matrix.sum()
-    axis.set(xlabel="predicted", ylabel="true", title=f"{matrix.sum()} faces, accuracy {correct:.1%}")
+    for (row, column), share in np.ndenumerate(shares):
+        text, color = f"{counts[row, column]}\n{share:.1%}", "white" if share > 0.5 else "black"
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
+    axis.set_xticks(range(len(GROUP_NAMES)), GROUP_NAMES, rotation=30, ha="right")
+    axis.set_yticks(range(len(GROUP_NAMES)), GROUP_NAMES)
+    title = f"{len(scored.faces)} faces, accuracy {scored.right.mean():.1%}"
+    axis.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(image, label="share of the true group", fraction=0.046)
     save_figure(figure, path)
 
 
-def plot_subgroups(path, rows, overall):
-    """Draws the rows of `score_subgroups` with their intervals, small subgroups hollow, as PNG.
-
-    overall: the same metrics of all faces, drawn as a line.
-    """
-    size = (13, 1.6 + 0.3 * len(rows))
-    figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
+def plot_subgroups(path, scored):
+    """Draws the accuracies of subgroups with their intervals, small subgroups hollow."""
+    rows = scored.subgroups
+    figure = Figure(figsize=(13, 1.6 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(SUBGROUP_METRICS), sharey=True)
     kinds = list(dict.fromkeys(row["by"] for row in rows))
     for axis, metric in zip(axes, SUBGROUP_METRICS):
-        axis.axvline(overall[metric], color="0.6", linestyle="--")
+        axis.axvline(scored.summary[metric]["value"], color="0.6", linestyle="--")
         for y, row in enumerate(rows):
             color = f"C{kinds.index(row['by'])}"
             axis.plot([row[metric + "_low"], row[metric + "_high"]], [y, y], color=color)
             axis.plot(row[metric], y, "o", color=color, fillstyle="none" if row["small"] else "full")
         axis.set(title=metric.replace("_", " "), ylim=(len(rows) - 0.5, -0.5))
-        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.grid(alpha=0.3)
     labels = [f"{row['subgroup']} ({row['n']}{', small' if row['small'] else ''})" for row in rows]
     axes[0].set_yticks(range(len(rows)), labels)
@@ -437,41 +474,41 @@ def plot_subgroups(path, rows, overall):
     save_figure(figure, path)
 
 
-def plot_reliability(path, confidence, right, calibration):
-    """Draws accuracy against confidence, (N,), and how many faces have which confidence, as PNG."""
-    shape = {"figsize": (5.6, 6.6), "height_ratios": (3, 1)}
-    figure, (top, bottom) = plt.subplots(2, 1, **shape, sharex=True, layout="constrained")
-    which = calibration_bins(confidence)
+def plot_reliability(path, scored):
+    """Draws accuracy against confidence, bins of fewer than 20 faces hollow, and the number of faces."""
+    which = calibration_bins(scored.confidence)
     counts = np.bincount(which, minlength=BINS)
-    sums = (np.bincount(which, values, BINS) for values in (confidence, right))
-    mean, accuracy = (total / np.maximum(counts, 1) for total in sums)
-    error = calibration["expected_calibration_error"]
-    low, high = calibration["calibration_error_if_perfect"]["range95"]
+    sums = (np.bincount(which, values, BINS) for values in (scored.confidence, scored.right))
+    confidence, accuracy = (total / np.maximum(counts, 1) for total in sums)
+    figure = Figure(figsize=(5.6, 6.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    error = scored.summary["expected_calibration_error"]
+    low, high = scored.summary["calibration_error_if_perfect"]["range95"]
     label = f"the model: calibration error {error:.1%}\n(a perfect one's: {low:.1%} to {high:.1%})"
+    many, few = counts >= 20, (counts > 0) & (counts < 20)
     top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
-    top.plot(mean[counts >= 20], accuracy[counts >= 20], "o-", color="C0", label=label)
-    few = (counts > 0) & (counts < 20)
-    top.plot(mean[few], accuracy[few], "o", color="C0", fillstyle="none")
-    bottom.stairs(counts, np.linspace(0, 1, BINS + 1), linewidth=1.5)
-    top.set(ylabel="accuracy", title=f"{len(right)} faces", xlim=(0, 1), ylim=(0, 1))
+    top.plot(confidence[many], accuracy[many], "o-", color="C0", label=label)
+    top.plot(confidence[few], accuracy[few], "o", color="C0", fillstyle="none")
+    top.set(ylabel="accuracy", title=f"{len(scored.faces)} faces", xlim=(0, 1), ylim=(0, 1))
     top.legend(loc="upper left", fontsize=9)
+    top.grid(alpha=0.3)
+    bottom.stairs(counts, np.linspace(0, 1, BINS + 1), linewidth=1.5)
     bottom.set(xlabel="confidence in the predicted group; hollow above: fewer than 20 faces", ylabel="faces")
-    for axis in (top, bottom):
-        axis.grid(alpha=0.3)
+    bottom.grid(alpha=0.3)
     save_figure(figure, path)
 
 
-def plot_mistakes(path, scored, folder, count=40):
-    """Draws the `count` wrong predictions of highest confidence with their labels, as PNG."""
+def plot_mistakes(path, scored, count=40):
+    """Draws the `count` wrong predictions of highest confidence with their labels."""
     s, wrong = scored, np.flatnonzero(~scored.right)
     chosen = wrong[np.argsort(-s.confidence[wrong], kind="stable")][:count]
     columns, rows = 8, max(1, -(-len(chosen) // 8))
-    size = (1.75 * columns, 2.25 * rows + 0.5)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat:
+    figure = Figure(figsize=(1.75 * columns, 2.25 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
         axis.axis("off")
-    for axis, i in zip(axes.flat, chosen):
-        axis.imshow(read_image(folder / s.files[i])[:, :, ::-1])
+    for axis, i in zip(axes, chosen):
+        axis.imshow(read_image(s.folder / image_name(s.faces[i]))[:, :, ::-1])
         true, taken = f"{GROUP_NAMES[s.groups[i]]} ({s.faces[i].age})", GROUP_NAMES[s.predicted[i]]
         axis.set_title(f"{true}\ntaken for {taken}\n{s.confidence[i]:.0%} sure", fontsize=8)
     figure.suptitle(f"{len(chosen)} of {len(wrong)} mistakes, the most confident first; labels may be wrong")
@@ -483,113 +520,86 @@ def plot_mistakes(path, scored, folder, count=40):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def accuracies_by_leak(scored):
-    """How many faces are leaked, the accuracy on them and on the rest (None of none)."""
-    right, leaked = scored.right, scored.leaked
-    shares = (float(right[part].mean()) if part.any() else None for part in (leaked, ~leaked))
-    return dict(zip(("n", "accuracy", "accuracy_of_the_rest"), (int(leaked.sum()), *shares)))
-
-
-def absent_classes(groups):
-    return [name for group, name in enumerate(GROUP_NAMES) if group not in groups]
-
-
-def write_results(scored, out, folder):
+def write_results(scored, out):
     """Writes the files of one model that `measure` has been through."""
-    s = scored
-
-    def rounded(value):
-        return None if np.isnan(value) else round(value, 6)
-
-    summary = {
-        **{
-            name: {"value": rounded(value), "ci95": [rounded(end) for end in s.intervals[name]]}
-            for name, value in s.metrics.items()
-        },
-        "n": len(s.faces),
-        "effective_n": round(effective_faces(s.clusters), 1),
-        "absent_classes": absent_classes(s.groups),
-        **s.calibration,
-        "widest_gaps": s.gaps,
-        "seen_in_training": int(s.learned.sum()),
-        "chose_the_epoch": int(s.chose.sum()),
-        "left_out_by_unseen": s.left_out,
-        "near_duplicates_in_train": accuracies_by_leak(s),
-        "checkpoint": str(s.path),
-        "split": folder.name,
-        "bootstrap_resamples": RESAMPLES,
-    }
+    s, out, rows = scored, Path(out), []
     with atomic_path(out / "metrics.json", sync=True) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    rows = []
-    for i, name in enumerate(s.files):
-        row = {"file": name, "age": s.faces[i].age, "true": s.groups[i], "predicted": s.predicted[i]}
-        row |= {} if s.ages is None else {"predicted_age": f"{s.ages[i]:.1f}"}
+        temporary.write_text(json.dumps(s.summary, indent=2) + "\n", encoding="utf-8")
+    for i, face in enumerate(s.faces):
+        row = {"file": image_name(face), "age": face.age, "true": s.groups[i], "predicted": s.predicted[i]}
+        if s.ages is not None:
+            row["predicted_age"] = f"{s.ages[i]:.1f}"
         rows.append(row | {f"p{group}": f"{p:.6f}" for group, p in enumerate(s.probabilities[i])})
     write_csv(out / "predictions.csv", rows)
     write_csv(out / "subgroups.csv", s.subgroups)
-    [matrix] = confusion_matrix(s.predicted, s.groups, np.ones((1, len(s.faces)))).astype(int)
-    plot_confusion_matrix(out / "confusion_matrix.png", matrix)
-    plot_subgroups(out / "subgroups.png", s.subgroups, s.metrics)
-    plot_reliability(out / "reliability.png", s.confidence, s.right, s.calibration)
-    plot_mistakes(out / "mistakes.png", s, folder)
+    plot_confusion_matrix(out / "confusion_matrix.png", s)
+    plot_subgroups(out / "subgroups.png", s)
+    plot_reliability(out / "reliability.png", s)
+    plot_mistakes(out / "mistakes.png", s)
 
 
-def print_results(scored, folder):
+def warn_of_seen(scored):
+    """Warns of faces that the model was trained on, or that its epoch was selected on."""
+    kinds = {"was trained on": scored.learned, "had its epoch selected on": scored.selected_on}
+    for what, faces in kinds.items():
+        if faces.any():
+            counts = f"{faces.sum()} of these {len(faces)} faces"
+            print(f"warning: {scored.path} {what} {counts}; --unseen leaves them out", file=sys.stderr)
+
+
+def print_results(scored):
     """Prints what `measure` has found of one model: metrics, calibration, leaks, subgroups and gaps."""
-    s = scored
-    print(f"{s.path} on {len(s.faces)} faces of {folder}, 95 % intervals:")
-    for name, value in s.metrics.items():
-        form = ".2f" if name == "mae_years" else ".2%"
-        low, high = s.intervals[name]
-        print(f"  {METRICS[name]:34}{value:7{form}}  [{low:{form}}, {high:{form}}]")
-    error, perfect = s.calibration.values()
+    summary, leaks = scored.summary, scored.summary["near_duplicates_in_train"]
+    if scored.left_out:
+        total = f"{len(scored.faces) + scored.left_out} faces"
+        print(f"{scored.left_out} of {total} left out: the model has seen them, or near-duplicates of them")
+    print(f"{scored.path} on {len(scored.faces)} faces of {scored.folder}, 95 % intervals:")
+    for name, label in METRICS.items():
+        if name in summary:
+            form = ".2f" if name == "mae_years" else ".2%"
+            numbers = (summary[name]["value"], *summary[name]["ci95"])
+            value, low, high = ("–" if x is None else format(x, form) for x in numbers)
+            print(f"  {label:34}{value:>7}  [{low}, {high}]")
+    perfect = summary["calibration_error_if_perfect"]
     low, high = perfect["range95"]
-    print(f"  {'expected calibration error':34}{error:7.2%}", end="  ")
+    print(f"  {'expected calibration error':34}{summary['expected_calibration_error']:7.2%}", end="  ")
     print(f"(perfectly calibrated: {perfect['mean']:.2%} [{low:.2%}, {high:.2%}])")
-    if absent_classes(s.groups):
+    if summary["absent_classes"]:
+        names = ", ".join(summary["absent_classes"])
+        print(f"  absent from the truth and left out of macro averages: {names}")
+    if leaks["n"]:
+        where = "train or val" if scored.checkpoint["config"].get("final") else "train"
         print(
-            f"  absent from the truth and left out of macro averages: {', '.join(absent_classes(s.groups))}"
+            f"  {leaks['n']} faces have a near-duplicate in {where}: accuracy {leaks['accuracy']:.2%}", end=""
         )
-    leaked, accuracy, rest = accuracies_by_leak(s).values()
-    if leaked:
-        rest = "" if rest is None else f", {rest:.2%} on the rest"
-        where = "train or val" if s.checkpoint["config"].get("final") else "train"
-        print(f"  {leaked} faces have a near-duplicate in {where}: accuracy {accuracy:.2%} on them{rest}")
+        rest = leaks["accuracy_of_the_rest"]
+        print(" on them" + ("" if rest is None else f", {rest:.2%} on the rest"))
     print(f"\n  {'':16}{'faces':>6}{'accuracy':>26}{'balanced':>26}{'within one group':>26}")
-    for row in s.subgroups:
+    for row in scored.subgroups:
         cells = (f"{row[m]:10.1%} [{row[m + '_low']:.1%}, {row[m + '_high']:.1%}]" for m in SUBGROUP_METRICS)
         name = f"{row['subgroup']:16}{row['n']:5}{'*' if row['small'] else ' '}"
         print(f"  {name}" + "".join(f"{cell:>26}" for cell in cells))
-    if any(row["small"] for row in s.subgroups):
+    if any(row["small"] for row in scored.subgroups):
         print(f"  * fewer than {SMALL} faces: little can be said")
-    for by, highest, lowest, difference, p in (gap.values() for gap in s.gaps):
-        points = f"{100 * difference:.1f} points of accuracy"
-        found = f"{highest} above {lowest} by {points}"
-        found = f"at most {points} apart, no more than chance may give" if p > 0.05 else found
-        print(f"  by {by}: {found} (p = {p:.3f})")
-
-
-def result_folders(paths, out):
-    """{checkpoint: folder in `out`}, named after the checkpoints' paths below the folder that they share.
-
-    Only the ending .pt goes, so that run.v1 and run.v2 stay apart.
-    """
-    paths = list({os.path.abspath(path): Path(path) for path in paths}.values())
-    top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-    return {path: Path(out) / os.path.relpath(path, top).removesuffix(".pt") for path in paths}
+    for gap in summary["widest_gaps"]:
+        points = f"{100 * gap['difference']:.1f} points of accuracy"
+        found = f"{gap['highest']} above {gap['lowest']} by {points}"
+        if gap["p"] > 0.05:
+            found = f"at most {points} apart, no more than chance may give"
+        print(f"  by {gap['by']}: {found} (p = {gap['p']:.3f})")
 
 
 def get_parser():
     parser = script_parser("evaluate", __doc__)
     # fmt: off
     add = parser.add_argument
-    add("checkpoint", nargs="*", default=["model.pt"], help="models written by finetune.py")
+    add("checkpoint", nargs="?", default="model.pt", help="model written by finetune.py")
     add("--data", default="dataset/processed_split", help="folder written by split.py")
     add("--split", choices=["train", "val", "test"], default="test", help="part to score")
     add("--out", default="results", help="folder to write")
     add("--unseen", action="store_true",
-        help="leave out faces that the model has learned from or that chose its epoch, and near-duplicates")
+        help="leave out faces that the model has learned from or that its epoch was selected on, and "
+        "near-duplicates")
     # fmt: on
     add_device_flags(parser)
     return parser
@@ -599,34 +609,14 @@ def main(args):
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
     check_writable("--out", args.out)
-    folder, out, datasets = Path(args.data) / args.split, Path(args.out), {}
-    list_pairs(folder, need_masks=False)  # what ails the faces is said once, not for each model
-    folders = result_folders(args.checkpoint, out)
-    several, failed = len(folders) > 1, 0
-    for path, results in progress(folders.items(), "models", len(folders), unit="model"):
-        try:
-            scored = score_model(path, folder, device, dtype, datasets, args.workers, args.unseen)
-        except UserError as error:
-            if not several:
-                raise
-            print(f"evaluate.py: error: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        measure(scored, args.seed)
-        write_results(scored, results if several else out, folder)
-        if several:
-            low, high = scored.intervals["accuracy"]
-            print(f"{path}: accuracy {scored.metrics['accuracy']:.2%} [{low:.2%}, {high:.2%}]")
-        else:
-            print_results(scored, folder)
-    if several:
-        done = f"a folder for each of {len(folders) - failed} models" + f", {failed} failed" * bool(failed)
-        print(f"{out} written: {done}; `python tools/table.py` with the same names compares them")
-    else:
-        names = "metrics.json, predictions.csv, confusion_matrix.png, subgroups.csv and .png, reliability.png"
-        print(f"{out} written: {names}, mistakes.png")
-    if failed:
-        sys.exit(1)
+    folder = Path(args.data) / args.split
+    scored = score_model(args.checkpoint, folder, device, dtype, args.workers, args.unseen)
+    measure(scored, args.seed)
+    write_results(scored, args.out)
+    warn_of_seen(scored)
+    print_results(scored)
+    names = "metrics.json, predictions.csv, confusion_matrix.png, subgroups.csv and .png, reliability.png"
+    print(f"{args.out} written: {names}, mistakes.png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import table
 from cli import run
 from common import load_checkpoint
 from conftest import noise_pairs
+from evaluate import METRICS
 from table import compare, group_by_configuration
 from test_evaluate import PNGS, untrained
 
@@ -167,8 +168,8 @@ def test_a_configuration_counts_by_what_it_says_not_by_how_it_is_spelled(tmp_pat
     many[1].checkpoint["config"] |= {"final": True, "data": "other"}
     rows, _ = group_by_configuration(many)
     assert [columns["Other settings"] for columns, _ in rows] == [
-        "data other, final True",
         "data split, final off",
+        "data other, final True",
     ]
 
 
@@ -200,21 +201,21 @@ def test_scores_models_and_groups_them(tmp_path, cli, refuse):
     names = ["a0", "a1", "a2", "run.v0", "run.v1", "run.v2", "one"]
     assert {path.name for path in (tmp_path / "r").iterdir()} == {*names, "table.md"}
     scores = [json.loads((tmp_path / f"r/{name}/metrics.json").read_text()) for name in names]
-    one, three, others = read_table(tmp_path / "r/table.md", "LR strategy")
+    three, one, others = read_table(tmp_path / "r/table.md", "LR strategy")
     assert (one["Task"], one["Seeds"], one["Other settings"]) == ("classification", "0", "age-sigma off")
     assert (three["Task"], three["Seeds"], three["Pretrained weights"]) == ("multitask", "0, 1, 2", "random")
     assert (others["LR strategy"], others["Seeds"]) == ("differentiated", "5, 6, 7")
-    for column, name, scale in (("Accuracy", "accuracy", 100), ("Years off (mean)", "mae_years", 1)):
+    for name, scale in (("accuracy", 100), ("mae_years", 1)):
         values = [scale * score[name]["value"] for score in scores if name in score]
         for row, part in ((three, values[:3]), (others, values[3:6])):
-            assert row[column] == f"{np.mean(part):.1f} ± {np.std(part, ddof=1):.1f}"
+            assert row[METRICS[name]] == f"{np.mean(part):.1f} ± {np.std(part, ddof=1):.1f}"
     low, high = (100 * end for end in scores[-1]["accuracy"]["ci95"])
-    assert one["Accuracy"] == f"{100 * scores[-1]['accuracy']['value']:.1f} [{low:.1f}, {high:.1f}]"
-    assert (one["Years off (mean)"], one["Mask IoU"]) == ("–", "–")
+    assert one["accuracy (micro)"] == f"{100 * scores[-1]['accuracy']['value']:.1f} [{low:.1f}, {high:.1f}]"
+    assert (one[METRICS["mae_years"]], one[METRICS["mask_iou"]]) == ("–", "–")
     [difference] = read_table(tmp_path / "r/table.md", "Difference")
     assert (difference["Difference"], difference["Holds for"]) == ("differentiated − uniform", "other seeds")
     means = np.array([score["accuracy"]["value"] for score in scores])
-    assert difference["Accuracy"].split()[0] == f"{100 * (means[3:6].mean() - means[:3].mean()):+.1f}"
+    assert difference["accuracy (micro)"].split()[0] == f"{100 * (means[3:6].mean() - means[:3].mean()):+.1f}"
 
     twin = shutil.copy(paths[0], tmp_path / "twin.pt")
     code, _, err = cli("table", paths[0], twin, paths[-1], *flags)

@@ -12,11 +12,11 @@ be trained is reported. Writes table.md to --results, and beside it a folder for
 evaluate.py writes, scored in fp32.
 """
 
-import json
 import os
 import shlex
 import subprocess
 import sys
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 
@@ -37,29 +37,25 @@ from cli import (
     run,
     script_parser,
 )
-from common import load_checkpoint
+from common import FaceDataset, load_checkpoint
 from devices import choose_device
-from evaluate import interval, measure, result_folders, score_model, write_results
+from evaluate import METRICS, interval, measure, score_model, warn_of_seen, write_results
 from utkface import list_pairs
 
 WEIGHTS = ("random", "imagenet", "view", "age", "rank")
 PRETRAINED = ("view", "age", "rank")
 TASKS = ("classification", "multitask")
 LR_STRATEGIES = ("uniform", "differentiated")
-ORDER = [*LR_STRATEGIES, *TASKS, "random", "ImageNet", *(f"contrastive ({name})" for name in PRETRAINED)]
+KINDS = ("model", "contrastive")
 
-COLUMNS = {  # of the table
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "auc_macro_ovr": "AUC",
-    "f1_macro": "F1 (macro)",
-    "precision_macro": "Precision (macro)",
-    "ap_macro": "AP",
-    "within_one_group": "Within one group",
-    "mae_years": "Years off (mean)",
-    "mask_iou": "Mask IoU",
-}
+COLUMNS = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro", "precision_macro", "ap_macro")
+COLUMNS += ("within_one_group", "mae_years", "mask_iou")
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro")
+DIFFERENCES = """
+Differences in points, with 95 % intervals: below three seeds a side paired over faces, for these models only;
+from three on for other seeds (Student's t). One in twenty misses zero by chance alone.
+
+"""
 
 # ------------------------------------------------------------------------------------------------------------
 # Training
@@ -87,32 +83,31 @@ def call(script, *flags):
 
 
 def train_rows(args):
-    """Trains every row and seed that is asked for: the checkpoints, and {error: names of what it ended}."""
-    out, models, failed = Path(args.out), [], {}
+    """Trains every row and seed that is asked for: the checkpoints, and (name, error) of what failed."""
+    out, models, failed = Path(args.out), [], []
     training = ["--data", args.data, "--workers", args.workers]
     training += ["--device", args.device, "--precision", args.precision]
     training += ["--config", args.config] if args.config else []
     training += ["--overwrite" if args.overwrite else "--resume"]
     for seed in args.seeds:
         starts, lost = {}, {}
-        for weights in dict.fromkeys(args.weights):
+        for weights in args.weights:
             starts[weights] = weights
             if weights in PRETRAINED:
                 starts[weights] = out / f"contrastive-{weights}-seed{seed}.pt"
                 flags = ["--positives", weights, "--seed", seed, "--out", starts[weights]]
                 lost[weights] = call("pretrain", *training, *flags)
-        rows = product(starts, dict.fromkeys(args.tasks), dict.fromkeys(args.lr_strategies))
-        for weights, task, strategy in rows:
+        for weights, task, strategy in product(args.weights, args.tasks, args.lr_strategies):
             path = out / f"{task}-{weights}-{strategy}-seed{seed}.pt"
             flags = ["--multitask" if task == "multitask" else "--no-multitask", "--lr-strategy", strategy]
             flags += ["--init", starts[weights], "--seed", seed, "--out", path]
             error = lost.get(weights) or call("finetune", *training, *flags)
             if error:
-                failed.setdefault(error, []).append(path.stem)
+                failed.append((path.stem, error))
             else:
                 models.append(path)
     if not models:
-        raise UserError(f"no row was trained: {next(iter(failed))}")
+        raise UserError(f"no row was trained: {failed[0][1]}")
     return models, failed
 
 
@@ -124,64 +119,50 @@ def train_rows(args):
 def describe(checkpoint):
     """What a model was made with, its seed apart: the table's first three columns, and all other settings.
 
-    A path counts by where it leads, and what a checkpoint lacks is off.
+    A path counts by where it leads, and what is false, zero or empty is off.
     """
     config, pretraining = dict(checkpoint["config"]), dict(checkpoint["pretraining"])
     start = config.pop("init", "")
     if "positives" in pretraining:
         start = f"contrastive ({pretraining.pop('positives')})"
-        if pretraining.get("init") == "imagenet":
-            start = f"ImageNet, then {start}"
-        if pretraining.get("init") in ("random", "imagenet"):
-            del pretraining["init"]
     elif pretraining:
         start = "fine-tuned"
-    row = {
+    columns = {
         "LR strategy": config.pop("lr_strategy", ""),
         "Task": "multitask" if config.pop("multitask", False) else "classification",
         "Pretrained weights": "ImageNet" if start == "imagenet" else start,
     }
     settings = {}
-    for prefix, part in (("", config), ("pretraining ", pretraining)):
-        for key, value in part.items():
+    for prefix, stage in (("", config), ("pretraining ", pretraining)):
+        for key, value in stage.items():
             if key == "data" or (key == "init" and value not in ("random", "imagenet")):
                 value = os.path.relpath(os.path.realpath(str(value)))
             if key not in ("seed", "init_sha256"):
-                settings[prefix + key] = value or "off"
-    return row, settings
+                settings[prefix + key] = str(value or "off")
+    return columns, settings
 
 
 def group_by_configuration(many):
     """Sorts scored models into configurations: a list of (columns, runs), and the settings all share.
 
-    columns: the table's first ones, among them "Other settings" where the rest does not agree.
+    columns: the table's first ones, among them "Other settings" where the rest does not agree. Configurations
+    stay in the order of their first models.
     """
     described = [(*describe(scored.checkpoint), scored) for scored in many]
-    keys = {key for _, settings, _ in described for key in settings}
-    for _, settings, scored in described:
-        pretrained = bool(scored.checkpoint["pretraining"])
-        mine = {key for key in keys if pretrained or not key.startswith("pretraining ")}
-        settings |= dict.fromkeys(mine - settings.keys(), "off")
-    shared, differing = {}, []
-    for key in sorted(keys):
-        values = {json.dumps(settings[key]) for _, settings, _ in described if key in settings}
-        if len(values) == 1:
-            shared[key] = next(iter(values)).strip('"')
-        else:
-            differing.append(key)
+    keys = sorted({key for _, settings, _ in described for key in settings})
+    for key in keys:
+        for _, settings, scored in described:
+            if scored.checkpoint["pretraining"] or not key.startswith("pretraining "):
+                settings.setdefault(key, "off")  # a setting that the run did not know yet
+    values = {key: {settings[key] for _, settings, _ in described if key in settings} for key in keys}
+    shared = {key: found.pop() for key, found in values.items() if len(found) == 1}
     found = {}
     for columns, settings, scored in described:
-        if differing:
-            columns["Other settings"] = ", ".join(
-                f"{key.replace('_', '-')} {settings[key]}" for key in differing if key in settings
-            )
+        if len(shared) < len(keys):
+            own = [key for key in keys if key in settings and key not in shared]
+            columns["Other settings"] = ", ".join(f"{key.replace('_', '-')} {settings[key]}" for key in own)
         found.setdefault(tuple(columns.items()), []).append(scored)
-    rows = [(dict(columns), sorted(runs, key=seed_of)) for columns, runs in found.items()]
-
-    def position(row):
-        return [(ORDER.index(v) if v in ORDER else len(ORDER), v) for v in row[0].values()]
-
-    return sorted(rows, key=position), shared
+    return [(dict(columns), sorted(runs, key=seed_of)) for columns, runs in found.items()], shared
 
 
 def seed_of(scored):
@@ -200,8 +181,8 @@ def compare(first, second):
     fewer than three seeds a side the interval is the paired bootstrap's over faces, for these trained models
     only. With three or more it is Student's t, for other seeds and other faces. The variance of two crossed
     factors (Cameron et al. 2011): s²/S over the seeds of each side, plus the bootstrap's over faces, less
-    what is in both, the part of the faces' variance that seeds do not share; never below the
-    faces' own. Degrees of freedom after Welch and Satterthwaite, the faces' part taken as known.
+    what is in both, the part of the faces' variance that seeds do not share; never below the faces' own.
+    Degrees of freedom after Welch and Satterthwaite, the faces' part taken as known.
     """
     values = [np.array([value for value, _ in runs]) for runs in (first, second)]
     draws = [np.stack([drawn for _, drawn in runs]) for runs in (first, second)]  # S×R each
@@ -225,8 +206,17 @@ def format_metric(runs, name):
         return "–"
     if len(runs) > 1:
         return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-    low, high = runs[0].intervals[name]
+    low, high = runs[0].summary[name]["ci95"]
     return f"{values[0]:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
+
+
+def format_difference(difference, ends):
+    """A cell in percentage points, with two decimals where one would round an end of the interval to zero."""
+    if np.isnan(difference):
+        return "–"
+    digits = 2 if any(0 < abs(end) < 0.0005 for end in ends) else 1
+    difference, low, high = (f"{100 * value:+.{digits}f}" for value in (difference, *ends))
+    return f"{difference} [{low}, {high}]"
 
 
 def markdown(header, rows):
@@ -237,64 +227,33 @@ def markdown(header, rows):
 def make_table(many, folder):
     """Markdown: the table over configurations, and the differences of those that differ in one respect."""
     configurations, shared = group_by_configuration(many)
-    for _, runs in configurations:
-        if len({seed_of(scored) for scored in runs}) < len(runs):
+    rows, pairs = [], []
+    for columns, runs in configurations:
+        seeds = [seed_of(scored) for scored in runs]
+        if len(set(seeds)) < len(seeds):
             names = ", ".join(str(scored.path) for scored in runs)
             print(f"warning: seeds of one configuration, two of them alike: {names}", file=sys.stderr)
-    rows = [
-        [
-            *columns.values(),
-            *(format_metric(runs, name) for name in COLUMNS),
-            ", ".join(str(seed_of(scored)) for scored in runs),
-        ]
-        for columns, runs in configurations
-    ]
+        cells = [format_metric(runs, name) for name in COLUMNS]
+        rows.append([*columns.values(), *cells, ", ".join(map(str, seeds))])
+    for (first, runs), (second, others) in combinations(configurations, 2):
+        differ = [key for key in first if first[key] != second[key]]
+        if len(differ) > 1 and len(configurations) > 2:
+            continue
+        what = " − ".join(", ".join(side[key] for key in differ) for side in (second, first))
+        pair = [what, ", ".join(value for key, value in first.items() if key not in differ)]
+        for name in COMPARED:
+            sides = ([(s.metrics[name], s.draws[name]) for s in side] for side in (others, runs))
+            difference, ends, general = compare(*sides)
+            pair.append(format_difference(difference, ends))
+        pairs.append([*pair, "other seeds" if general else "these trained models only"])
     text = f"In percent, on {len(many[0].faces)} faces of {folder}: mean ± standard deviation over seeds, "
     text += "or for one seed [95 % interval over faces].\n"
     text += f"All: {', '.join(f'{key} {value}' for key, value in shared.items())}.\n\n"
-    text += markdown([*configurations[0][0], *COLUMNS.values(), "Seeds"], rows)
-    pairs = []
-    for (first, runs), (second, others) in combinations(configurations, 2):
-        differ = [key for key in first if first[key] != second[key]]
-        if len(differ) == 1 or len(configurations) == 2:
-            cells = []
-            for name in COMPARED:
-                sides = ([(s.metrics[name], s.draws[name]) for s in side] for side in (others, runs))
-                difference, (low, high), general = compare(*sides)
-                cell = f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-                cells.append("–" if np.isnan(difference) else cell)
-            what = " − ".join(", ".join(side[key] for key in differ) for side in (second, first))
-            where = ", ".join(value for key, value in first.items() if key not in differ)
-            holds = "other seeds" if general else "these trained models only"
-            pairs.append([what, where, *cells, holds])
+    text += markdown([*configurations[0][0], *(METRICS[name] for name in COLUMNS), "Seeds"], rows)
     if pairs:
-        text += (
-            "\nDifferences in points, with 95 % intervals: below three seeds a side paired over faces, for "
-        )
-        text += (
-            "these trained models only;\nfrom three on for other seeds (Student's t). One in twenty misses "
-        )
-        text += "zero by chance alone.\n\n"
-        text += markdown(["Difference", "Where", *(COLUMNS[name] for name in COMPARED), "Holds for"], pairs)
+        text += DIFFERENCES
+        text += markdown(["Difference", "Where", *(METRICS[name] for name in COMPARED), "Holds for"], pairs)
     return text
-
-
-def choose_models(paths):
-    """The finished models among checkpoints, and how many cannot be read; others are skipped with a line."""
-    models, skipped, unreadable = [], [], 0
-    for path in map(Path, paths):
-        try:
-            last = path.name.endswith(".last.pt")
-            kind = "last" if last else load_checkpoint(path, ("contrastive", "model"))["kind"]
-            (models if kind == "model" else skipped).append(path)
-        except UserError as error:
-            print(f"table.py: error: {error}", file=sys.stderr)
-            unreadable += 1
-    if skipped:
-        print(f"skipped, being no finished models: {', '.join(path.name for path in skipped)}")
-    if not models:
-        raise UserError(f"none of the {len(paths)} files is a model: run finetune.py first")
-    return models, unreadable
 
 
 def get_parser():
@@ -317,39 +276,58 @@ def get_parser():
     return parser
 
 
+def result_folders(paths, results):
+    """{checkpoint: folder in `results`}, named after the checkpoints' paths below the folder they share.
+
+    Only the ending .pt goes, so that run.v1 and run.v2 stay apart.
+    """
+    paths = list({os.path.abspath(path): Path(path) for path in paths}.values())
+    top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+    return {path: results / os.path.relpath(path, top).removesuffix(".pt") for path in paths}
+
+
 def main(args):
-    device, results = choose_device(args.device), Path(args.results)
-    folder = Path(args.data) / args.split
+    device, results, folder = choose_device(args.device), Path(args.results), Path(args.data) / args.split
     check_writable("--results", results)
-    failed, unreadable = {}, 0
-    if args.model:
+    models, failed, many, skipped, unreadable = args.model, [], [], [], 0
+    if models:
         list_pairs(folder, need_masks=False)  # what ails the faces is said once, not for each model
-        models, unreadable = choose_models(args.model)
     else:
         check_writable("--out", args.out)
         models, failed = train_rows(args)
-    many, datasets = [], {}
+    read = cache(FaceDataset)  # once for all models
     for path, place in progress(result_folders(models, results).items(), "models", unit="model"):
         try:
-            scored = score_model(path, folder, device, torch.float32, datasets, args.workers)
+            if path.name.endswith(".last.pt") or load_checkpoint(path, KINDS)["kind"] != "model":
+                skipped.append(path.name)
+                continue
+            scored = score_model(path, folder, device, torch.float32, args.workers, read=read)
         except UserError as error:
             print(f"table.py: error: {error}", file=sys.stderr)
             unreadable += 1
             continue
         measure(scored, args.seed)
-        write_results(scored, place, folder)
+        write_results(scored, place)
+        warn_of_seen(scored)
         many.append(scored)
     if not many:
-        raise UserError("no model could be scored")
+        raise UserError(
+            f"none of the {len(models)} files is a model that can be scored: run finetune.py first"
+        )
     text = make_table(many, folder)
-    for error, names in failed.items():
-        text += f"\nNot trained: {', '.join(names)} ({error})\n"
+    for name, error in failed:
+        text += f"\nNot trained: {name} ({error})\n"
     with atomic_path(results / "table.md", sync=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print("\n" + text)
-    missing = f", {sum(map(len, failed.values()))} not trained" * bool(failed)
-    missing += f", {unreadable} not scored" * bool(unreadable)
-    print(f"{results} written: table.md, and a folder for each of {len(many)} models{missing}")
+    if skipped:
+        print(f"skipped, being no finished models: {', '.join(skipped)}")
+    line = f"{results} written: table.md, and a folder for each of {len(many)} models"
+    if failed:
+        line += f", {len(failed)} not trained"
+    if unreadable:
+        line += f", {unreadable} not scored"
+    print(line)
     if unreadable or failed:
         sys.exit(1)
 
