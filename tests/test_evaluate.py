@@ -11,8 +11,9 @@ from scipy import stats
 from sklearn import metrics as sk
 
 import evaluate
-from common import MultitaskResNet18, Scores, save_checkpoint, set_seed
+from common import MultitaskResNet18, Scores, save_checkpoint
 from conftest import noise_pairs
+from devices import set_seed
 from evaluate import (
     calibration_error,
     effective_faces,
@@ -163,7 +164,7 @@ def untrained(path, seed=0, **content):
     held = {"train_hashes": torch.empty(0, dtype=torch.int64), "pretraining": {}}
     held |= {key: content.pop(key) for key in list(content) if "hashes" in key or key == "pretraining"}
     args = SimpleNamespace(**config | content)
-    weights = MultitaskResNet18(6, args.multitask, args.age_sigma > 0).state_dict()
+    weights = MultitaskResNet18(multitask=args.multitask, by_year=args.age_sigma > 0).state_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, "model", args, weights=weights, **held)
     return path
