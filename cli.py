@@ -12,6 +12,7 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
@@ -116,7 +117,7 @@ def add_device_flags(parser: Parser, precision: str = "fp32"):
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default=precision,
-        help="arithmetic; auto is bf16 or fp16 on CUDA, else fp32")
+        help="arithmetic; auto is bf16 where the device has it, else fp16 on CUDA and fp32 elsewhere")
     # fmt: on
 
 
@@ -132,33 +133,43 @@ def read_config(path: str, parser: Parser) -> list[str]:
         raise UserError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path} must hold `flag: value` lines")
-    flags = {option: action for action in parser._actions for option in action.option_strings}
     script = parser.prog.removesuffix(".py")
     section = loaded.pop(script, None) or {}
     if not isinstance(section, dict):
         raise UserError(f"--config {path}: section {script!r} must hold `flag: value` lines")
-    settings = {  # --split and --masks are flags, too
-        key: value
-        for key, value in loaded.items()
-        if key not in STAGES + TOOLS or not isinstance(value, dict | None)
-    }
+    settings = {}
+    for key, value in loaded.items():
+        is_section = key in STAGES + TOOLS and isinstance(value, dict | None)  # --split is a flag, too
+        if not is_section:
+            settings[key] = value
+    settings |= section
     arguments = []
-    for key, value in {**settings, **section}.items():
-        flag = "--" + str(key).replace("_", "-")
-        if flag not in flags or flag in ("--config", "--help"):
-            raise UserError(f"--config {path}: unknown key {key!r}; see {parser.prog} -h for the flags")
-        if value is None:
-            raise UserError(f"--config {path}: {key} has no value: give one, or leave the line out")
-        if flags[flag].nargs == 0:  # a switch, perhaps with a --no- twin
-            if not isinstance(value, bool):
-                raise UserError(f"--config {path}: {key} must be true or false, not {value!r}")
-            off = flag.replace("--", "--no-", 1)
-            arguments += [flag] if value else [off] if off in flags else []
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
-        else:
-            arguments.append(f"{flag}={value}")
+    for key, value in settings.items():
+        try:
+            arguments += as_arguments(str(key), value, parser)
+        except ValueError as error:
+            raise UserError(f"--config {path}: {error}") from None
     return arguments
+
+
+def as_arguments(key: str, value, parser: Parser) -> list[str]:
+    """The command-line arguments that say the same as a line of YAML; ValueError if the parser lacks it."""
+    flags = {option: action for action in parser._actions for option in action.option_strings}
+    flag = "--" + key.replace("_", "-")
+    if flag not in flags or flag in ("--config", "--help"):
+        raise ValueError(f"unknown key {key!r}; see {parser.prog} -h for the flags")
+    if value is None:
+        raise ValueError(f"{key} has no value: give one, or leave the line out")
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    if flags[flag].nargs != 0:
+        return [f"{flag}={value}"]
+    if not isinstance(value, bool):  # of a switch
+        raise ValueError(f"{key} must be true or false, not {value!r}")
+    if value:
+        return [flag]
+    twin = flag.replace("--", "--no-", 1)
+    return [twin] if twin in flags else []
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -203,7 +214,10 @@ def terminate(*_):
 def run(main, parser: Parser, argv: list[str] | None = None):
     """Calls `main(args)`; exits with 2 and one line for a UserError, 130 for Ctrl-C, 143 for SIGTERM."""
     own_process()
-    before = signal.signal(signal.SIGTERM, terminate)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Unbreakable, streams)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
+    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         main(parse_args(parser, argv))
     except UserError as error:
@@ -216,7 +230,34 @@ def run(main, parser: Parser, argv: list[str] | None = None):
         print(f"{parser.prog}: stopped by SIGTERM", file=sys.stderr)
         sys.exit(143)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+
+
+class Unbreakable:
+    """A text stream that drops what nobody can read any more: a closed pipe or a full disk ends no run."""
+
+    def __init__(self, stream):
+        if stream is None:  # it was closed before the start
+            stream = open(os.devnull, "w")  # noqa: SIM115
+        self.stream = stream
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *args):
+        try:
+            return call(*args)
+        except OSError:  # what is still in its buffer goes nowhere, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def own_process():
@@ -244,9 +285,15 @@ def progress(*args, **options) -> tqdm:
 
 
 def shipped(path: str | Path) -> Path:
-    """`path`, or the file of that name beside the scripts where the working directory has none."""
+    """`path`, or for what ships with the project (`weights/`, `configs/`) the file beside the scripts.
+
+    The working directory goes first. Nothing else in the scripts' folder is found so: it may be of another
+    run.
+    """
+    path = Path(path)
     ours = ROOT / path
-    return ours if ours.is_file() and not Path(path).exists() else Path(path)
+    ships = str(path.parent) in ("weights", "configs")
+    return ours if ships and ours.is_file() and not path.exists() else path
 
 
 def is_special(path: Path) -> bool:

@@ -32,7 +32,6 @@ from utkface import (
     PIXEL_MEAN,
     PIXEL_STD,
     RACES,
-    age_to_group,
     list_pairs,
     pixel_hash,
     read_image,
@@ -99,12 +98,13 @@ class FaceDataset(Dataset):
     """Faces of split folders, one or several, decoded once and kept in memory as uint8 for all workers.
 
     A batch is a dict of tensors: `image` uint8 (B, H, W, 3) RGB; `mask` uint8 (B, H, W) in {0, 1}, with
-    `with_masks`; `age` (B,) in years; `group` (B,) 0–5; `gender` (B,) 0–1 and `race` (B,) 0–4. Without
-    `augmentation` the pictures are the faces resized to `image_size` (those squares are also in `.images` and
-    `.masks`). With it, each face gives `views` of them in a row, drawn from (seed, epoch, index) alone,
-    whatever worker asks. An index may be an int or the pair (epoch, index).
+    `with_masks`; `age` (B,) in years, and `spread` (B,), the years to each side if it is a range; `group`
+    (B,) 0–5, `gender` (B,) 0–1 and `race` (B,) 0–4, -1 where unknown. Without `augmentation` the pictures are
+    the faces resized to `image_size` (those squares are also in `.images` and `.masks`). With it, each face
+    gives `views` of them in a row, drawn from (seed, epoch, index) alone, whatever worker asks. An index may
+    be an int or the pair (epoch, index).
 
-    `.faces` lists what the names say, `.ages` and `.groups` are int64 (N,), `.hashes` an int64 tensor (N,)
+    `.faces` lists what the names say, `.ages` and `.groups` are arrays (N,), `.hashes` an int64 tensor (N,)
     that names the pixels. Raises UserError for a missing or empty folder, an unreadable image, or a mask that
     is missing or of another size.
     """
@@ -113,10 +113,9 @@ class FaceDataset(Dataset):
         folders = [folders] if isinstance(folders, str | Path) else folders
         places = [(folder, face) for folder in folders for face in list_pairs(folder, need_masks=with_masks)]
         self.faces = [face for _, face in places]
-        self.ages = np.array([face.age for face in self.faces])
-        self.groups = age_to_group(self.ages)
-        self.labels = {"age": torch.from_numpy(self.ages), "group": torch.from_numpy(self.groups)}
-        self.labels |= {name: torch.tensor([getattr(f, name) for f in self.faces]) for name in ATTRIBUTES}
+        names = ("age", "spread", "group", *ATTRIBUTES)
+        self.labels = {name: torch.tensor([getattr(face, name) for face in self.faces]) for name in names}
+        self.ages, self.groups = self.labels["age"].numpy(), self.labels["group"].numpy()
         self.views, self.seed = views, seed
         self.augment = build_augmentation(augmentation, image_size) if augmentation else None
         # A random crop is enlarged to the output's side: a quarter more pixels than that keep it sharp.
@@ -310,7 +309,9 @@ def init_backbone(backbone: nn.Module, init: str) -> dict:
         checkpoint = load_checkpoint(init, ("contrastive", "model"))
         weights = {key.removeprefix("backbone."): value for key, value in checkpoint["weights"].items()}
         provenance = {key: checkpoint.get(key, none) for key in ("train_hashes", "val_hashes")}
-        provenance["pretraining"] = checkpoint["config"]
+        # Whoever asks what the weights have seen need not follow the chain: a --final before this one counts.
+        final = checkpoint["config"].get("final") or checkpoint["pretraining"].get("final", False)
+        provenance["pretraining"] = checkpoint["config"] | {"final": final}
     own = backbone.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
     if not fitting:
@@ -422,14 +423,22 @@ def age_quantiles(logits: Tensor, quantiles=(0.1, 0.5, 0.9)) -> Tensor:
     return torch.stack([(below < share).float().sum(dim=1) for share in quantiles], dim=1)
 
 
-def soft_age_labels(ages: Tensor, sigma: float) -> Tensor:
+def soft_age_labels(ages: Tensor, sigma: float, spread: Tensor | float = 0) -> Tensor:
     """Ages (B,) in years → probabilities (B, YEARS), a normal bell of `sigma` years around each.
 
     Soft labels as in Gao et al. 2018, section 3.1; what lies beyond 0 or 100 years is left out of the sum.
+    spread (B,): years to each side of the age that are as likely as it, for ages known as a range.
     """
     years = torch.arange(YEARS, device=ages.device)
-    distance = years - ages.clamp(max=YEARS - 1)[:, None]  # B×YEARS
+    distance = (years - ages.clamp(max=YEARS - 1)[:, None]).abs()  # B×YEARS
+    distance = (distance - torch.as_tensor(spread)[..., None]).clamp(min=0)
     return (-((distance / sigma) ** 2) / 2).softmax(dim=1)
+
+
+def known_cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, C), a mean over the faces whose class (B,) is known, not -1; 0 of none."""
+    losses = F.cross_entropy(logits.float(), classes, ignore_index=-1, reduction="sum")
+    return losses / (classes >= 0).sum().clamp(min=1)
 
 
 def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:

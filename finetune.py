@@ -14,7 +14,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -24,6 +23,7 @@ from common import (
     FaceDataset,
     build_param_groups,
     init_backbone,
+    known_cross_entropy,
     make_model,
     mask_loss,
     save_checkpoint,
@@ -53,29 +53,29 @@ def multitask_losses(model, batch, args):
     adds to it those of the mask, of gender and of race, weighted.
     """
     heads = model(batch["image"], heads=True)
-    targets = batch["group"]  # B
     if args.age_sigma > 0:
-        targets = soft_age_labels(batch["age"], args.age_sigma)  # B×YEARS
-    age_loss = F.cross_entropy(heads.age_logits.float(), targets)
+        targets = soft_age_labels(batch["age"], args.age_sigma, batch["spread"])  # B×YEARS
+        age_loss = F.cross_entropy(heads.age_logits.float(), targets)
+    else:
+        age_loss = known_cross_entropy(heads.age_logits, batch["group"])
     face_loss = torch.zeros_like(age_loss)
     if heads.mask_logits is not None:
         face_loss = mask_loss(heads.mask_logits, batch["mask"])
     total = age_loss + args.mask_weight * face_loss
     if heads.attribute_logits is not None:
-        attribute_losses = [
-            F.cross_entropy(logits.float(), batch[name]) for name, logits in heads.attribute_logits.items()
-        ]
-        total = total + args.attribute_weight * sum(attribute_losses)
+        for name, logits in heads.attribute_logits.items():
+            total = total + args.attribute_weight * known_cross_entropy(logits, batch[name])
     return torch.stack([total, age_loss, face_loss])
 
 
 def validate(model, dataset, device):
     """Loss, accuracy and mask IoU (None without a mask) on a whole split, in float32."""
     scores = score_dataset(model, dataset, device)
-    groups = torch.from_numpy(dataset.groups)
+    groups = dataset.labels["group"]
+    known = groups >= 0  # an age that is a range may lie in two groups
     return {
-        "val_loss": F.cross_entropy(scores.logits, groups).item(),
-        "val_accuracy": (scores.logits.argmax(dim=1) == groups).double().mean().item(),
+        "val_loss": known_cross_entropy(scores.logits, groups).item(),
+        "val_accuracy": (scores.logits.argmax(dim=1) == groups)[known].double().mean().item(),
         "val_mask_iou": None if scores.mask_iou is None else scores.mask_iou.mean().item(),
     }
 
@@ -115,10 +115,13 @@ def main(args):
     folders = [train, val] if args.final else [train]
     faces = [face for folder in folders for face in list_pairs(folder, need_masks=args.multitask)]
     check_batch_size(args.batch_size, len(faces))
-    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), age_to_group([face.age for face in faces]))
-    if len(missing):
-        names = ", ".join(GROUP_NAMES[group] for group in missing)
-        raise UserError(f"{train} holds no face of {names}: add some and run split.py again")
+    ends = [age for face in faces for age in (face.age - face.spread, face.age + face.spread)]
+    missing = [name for group, name in enumerate(GROUP_NAMES) if group not in age_to_group(ends)]
+    if missing:
+        lack = f"{train} holds no face of {', '.join(missing)}"
+        if not args.age_sigma:
+            raise UserError(f"{lack}: add some and run split.py again, or learn years (--age-sigma 2)")
+        print(f"warning: {lack}: the model will not know what they look like", file=sys.stderr)
 
     options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
     dataset = FaceDataset(folders, args.image_size, SUPERVISED_AUGMENTATION, **options)
@@ -153,7 +156,7 @@ def main(args):
         row |= {"lr": training.scheduler.get_last_lr()[-1], "seconds": round(seconds, 1)}
         finish_epoch(training, row)
         if not rank() and training.best["epoch"] == epoch + 1:
-            save_best(training, val_dataset, split)
+            save_best(training, val_dataset, split=split, missing_groups=missing)
         print(
             f"epoch {epoch + 1}/{args.epochs}: train loss {age_loss:.4f}, "
             + "".join(f"{name.replace('_', ' ')} {value:.4f}, " for name, value in figures.items() if value)
@@ -161,7 +164,7 @@ def main(args):
         )
 
     if not rank():
-        save_best(training, val_dataset, split)
+        save_best(training, val_dataset, split=split, missing_groups=missing)
         write_csv(beside(args.out, ".csv"), training.history)
         panels = {"train loss": ["train_loss"]}  # of years, val's of groups
         if not args.final:
@@ -176,14 +179,14 @@ def main(args):
     leave_processes()
 
 
-def save_best(training, val_dataset, split):
+def save_best(training, val_dataset, **about_data):
     """Writes the best epoch so far as the checkpoint that evaluate.py reads."""
     best, history = training.best, provenance(training)
     if val_dataset is not None:
         history["val_hashes"] = torch.cat([history["val_hashes"], val_dataset.hashes]).unique()
     save_checkpoint(
         training.args.out, "model", training.args,
-        weights=to_half(best["weights"]), epoch=best["epoch"], val=best["figures"], split=split, **history,
+        weights=to_half(best["weights"]), epoch=best["epoch"], val=best["figures"], **about_data, **history,
     )  # fmt: skip
 
 

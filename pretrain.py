@@ -69,12 +69,12 @@ class ContrastiveResNet18(nn.Module):
 
 def contrastive_loss(model, batch, args):
     """The loss, in nats, of a batch of two views in a row of each face: (1,)."""
-    z, ages = model(batch["image"]), batch["age"]  # 2B×3×H×W → 2B×128 or 2B×512
+    z, ages = model(batch["image"]), batch["age"]  # 2B×3×H×W → 2B×128 or 2B×512; 2B
     temperature = args.temperature or TEMPERATURES[args.positives]
     if args.positives == "view":
         loss = nt_xent_loss(z[0::2], z[1::2], temperature)
     elif args.positives == "age":
-        loss = age_contrastive_loss(z, ages, temperature, args.sigma)
+        loss = age_contrastive_loss(z, ages.round(), temperature, args.sigma)
     else:
         loss = rank_contrastive_loss(z, ages, temperature)
     return loss[None]

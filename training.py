@@ -285,30 +285,32 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
             print(f"no {last}: starting from the beginning")
         return None
     state = load_checkpoint(last, f"{kind}.last")
-    old, new = state["config"], settings_of(args)
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)  # a flag that there was not yet was off
-        if (before or None) != (now or None) and not same_place(key, old, new):
-            what = f"--{key.replace('_', '-')} {'off' if before is None else before}, not {now}"
-            if key == "init_sha256":
-                what = f"another file behind --init {args.init}"
-            raise UserError(f"{last} was made with {what}: --overwrite starts again")
-    args.init_sha256 = old.get("init_sha256")
+    difference = describe_difference(state["config"], settings_of(args))
+    if difference:
+        raise UserError(f"{last} was made with {difference}: --overwrite starts again")
+    args.init_sha256 = state["config"].get("init_sha256")
     if not args.resume and state.get("epoch") != args.epochs:
         raise UserError(f"{last} holds an unfinished run: --resume continues it, --overwrite starts again")
     print(f"resumed {last} at epoch {state.get('epoch')}")
     return state
 
 
-def same_place(key: str, old: dict, new: dict) -> bool:
-    """Whether a setting that is spelled differently leads to the same thing.
+def describe_difference(old: dict, new: dict) -> str | None:
+    """In what the settings of two runs differ, in words, or None where the second may continue the first.
 
-    Faces are compared by their pixels, once they have been read. A file behind --init is known by its hash
-    or, when it is gone, by its path: a run that has begun needs it no more.
+    A flag that there was not yet was off. Faces are compared by their pixels, once they have been read.
     """
+    for key in sorted((old.keys() | new.keys()) - {"data", "init", "init_sha256"}):
+        before, now = old.get(key) or None, new.get(key) or None
+        if before != now:
+            return f"--{key.replace('_', '-')} {'off' if before is None else before}, not {now or 'off'}"
     before, now = old.get("init_sha256"), new["init_sha256"]
-    gone = before and not now and os.path.realpath(old["init"]) == os.path.realpath(new["init"])
-    return key == "data" or (key == "init" and bool(before and now)) or (key.startswith("init") and gone)
+    if before and now:
+        return None if before == now else f"another file behind --init {new['init']}"
+    # Random, ImageNet's, or a file that is gone: a run that has begun needs it no more.
+    if not now and os.path.realpath(old["init"]) == os.path.realpath(new["init"]):
+        return None
+    return f"--init {old['init']}, not {new['init']}"
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
@@ -454,19 +456,16 @@ def provenance(training: Training) -> dict:
 
 def plot_history(path: str | Path, history: list[dict], panels: dict[str, list[str]]):
     """Draws curves of a history (a row an epoch) as PNG: a panel for each title, with the columns named."""
-    import matplotlib  # here, since only training draws curves and the import takes a second
+    from matplotlib.figure import Figure  # here: the import takes a second; and without pyplot's backends
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     epochs = [row["epoch"] for row in history]
-    for axis, (title, columns) in zip(axes[0], panels.items()):
+    marker = "o" if len(epochs) < 20 else None
+    for axis, (title, columns) in zip(axes, panels.items()):
         for column in columns:
-            marker = "o" if len(epochs) < 20 else None
-            axis.plot(epochs, [row[column] for row in history], label=column.replace("_", " "), marker=marker)
+            values = [row[column] for row in history]
+            axis.plot(epochs, values, label=column.replace("_", " "), marker=marker)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -474,4 +473,3 @@ def plot_history(path: str | Path, history: list[dict], panels: dict[str, list[s
             axis.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    plt.close(figure)

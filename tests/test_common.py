@@ -1,4 +1,6 @@
 import math
+import os
+from argparse import Namespace
 
 import albumentations as A
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from cli import write_csv
 from common import (
     CONTRASTIVE_AUGMENTATION,
     SUPERVISED_AUGMENTATION,
@@ -21,6 +24,7 @@ from common import (
     mask_overlap,
     nt_xent_loss,
     rank_contrastive_loss,
+    save_checkpoint,
     seed_augmentation,
     to_input,
 )
@@ -105,7 +109,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("ages", [[3, 3, 20, 41, 20, 77], [5] * 6, [1, 1], [1, 9, 30, 50, 70, 116]])
+@pytest.mark.parametrize("ages", [[3, 3, 20, 41, 3, 77], [5] * 6, [1, 1], [1, 9.5, 30, 50.25, 70, 116]])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_equal_the_textbook_loop(name, ages):
     """In value and in gradient."""
@@ -319,6 +323,41 @@ def test_dataset_without_augmentation(tmp_path):
     assert "mask" not in FaceDataset(tmp_path, 64, with_masks=False)[0]
 
 
+@pytest.mark.parametrize(
+    "settings, chances",
+    [
+        (
+            SUPERVISED_AUGMENTATION,
+            {"turn": 0.5, "flip": 0.5, "jitter": 0.8, "grey": 0.1, "blur": 0, "erase": 0.5},
+        ),
+        (
+            CONTRASTIVE_AUGMENTATION,
+            {"turn": 0, "flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur": 0.3, "erase": 0},
+        ),
+    ],
+)
+def test_the_recipe_of_each_augmentation(settings, chances):
+    assert {name: settings[name] for name in chances} == chances
+    assert settings["scale"] == ((0.7, 1) if chances["erase"] else (0.5, 1))
+
+
+def test_pictures_are_kept_a_quarter_larger_than_what_is_cropped_of_them(tmp_path):
+    half_face(tmp_path)
+    for augmentation, side in ((SUPERVISED_AUGMENTATION, 80), (None, 64)):
+        dataset = FaceDataset(tmp_path, 64, augmentation)
+        assert dataset.images.shape == (1, side, side, 3) and dataset.masks.shape == (1, side, side)
+        assert dataset[0]["image"].shape == (64, 64, 3)
+
+
+def test_labels_that_are_unknown_or_a_range(tmp_path):
+    for stem in ("20-29_x_3_a", "31.5_1_x_b", "50-54_0_0_c"):
+        write_pair(tmp_path, stem, np.zeros((40, 40, 3), np.uint8))
+    batch = FaceDataset(tmp_path, 32).__getitems__([0, 1, 2])
+    assert batch["age"].tolist() == [24.5, 31.5, 52] and batch["spread"].tolist() == [4.5, 0, 2]
+    assert batch["group"].tolist() == [-1, 3, 4]
+    assert batch["gender"].tolist() == [-1, 1, 0] and batch["race"].tolist() == [3, -1, 0]
+
+
 def test_dataset_gives_what_the_names_say(tmp_path):
     noise_pairs(tmp_path, [30, 4, 70])
     for view in (None, common.SUPERVISED_AUGMENTATION):
@@ -419,6 +458,31 @@ def test_soft_age_labels_by_hand():
     assert labels[1, 28] == pytest.approx(labels[1, 32].item())
 
 
+def test_soft_labels_of_a_range_are_flat_on_it():
+    labels = common.soft_age_labels(torch.tensor([24.5, 30]), 2.0, torch.tensor([4.5, 0]))
+    assert torch.equal(labels[1], common.soft_age_labels(torch.tensor([30]), 2.0)[0])
+    flat = labels[0, 20:30]
+    assert torch.allclose(flat, flat[:1]) and labels[0, 31] / flat[0] == pytest.approx(
+        math.exp(-0.5), rel=1e-5
+    )
+
+
+def test_cross_entropy_of_known_classes_alone():
+    logits, classes = torch.randn(4, 6), torch.tensor([2, -1, 0, -1])
+    expected = F.cross_entropy(logits[[0, 2]], classes[[0, 2]])
+    assert common.known_cross_entropy(logits, classes).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert common.known_cross_entropy(logits, classes.fill_(-1)).item() == 0
+
+
+def test_quantiles_of_years_by_hand():
+    """Half on 20, a quarter each on 30 and 40: the median is 20 until it has less than a half."""
+    p = torch.full((2, common.YEARS), 1e-9)
+    p[0, [10, 30, 50]] = torch.tensor([0.15, 0.6, 0.25])
+    p[1, [5, 42, 43, 90]] = torch.tensor([0.05, 0.44, 0.46, 0.05])
+    assert common.age_quantiles(p.log()).tolist() == [[10, 30, 50], [42, 43, 43]]
+    assert common.age_quantiles(p.log(), (0.2,)).tolist() == [[30], [42]]
+
+
 def test_flip_averaging_is_blind_to_mirroring():
     torch.manual_seed(0)
     model = common.make_model({"multitask": True, "age_sigma": 2, "flip_averaging": True})
@@ -442,6 +506,28 @@ def test_heads_say_what_they_learn():
     assert shapes == {"gender": (2, 2), "race": (2, 5)}
     assert model(images)[0].shape == (2, 6)
     assert common.make_model({"attribute_weight": 0.3})(images, heads=True).attribute_logits is None
+
+
+def test_provenance_travels_along_the_chain(tmp_path):
+    """What the weights have learned from, and were selected on, two stages ago."""
+    backbone, args = MultitaskResNet18().backbone, Namespace(image_size=32, final=False)
+    weights = {f"backbone.{name}": values for name, values in backbone.state_dict().items()}
+    hashes = {"train_hashes": torch.tensor([1, 2]), "val_hashes": torch.tensor([3])}
+    for before, final in (({}, False), ({"final": True}, True)):
+        save_checkpoint(tmp_path / "a.pt", "model", args, weights=weights, pretraining=before, **hashes)
+        found = common.init_backbone(backbone, str(tmp_path / "a.pt"))
+        assert found["train_hashes"].tolist() == [1, 2] and found["val_hashes"].tolist() == [3]
+        assert found["pretraining"] == {"image_size": 32, "final": final}
+
+
+def test_checkpoints_are_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, real=real, name=name: order.append(name) or real(*args))
+    save_checkpoint(tmp_path / "a.pt", "model", Namespace(image_size=32))
+    write_csv(tmp_path / "a.csv", [{"a": 1}])
+    assert order == ["fsync", "replace"] * 2
 
 
 def test_imagenet_weights_are_loaded(monkeypatch, capsys):

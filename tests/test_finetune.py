@@ -2,12 +2,14 @@ import csv
 import shutil
 from argparse import Namespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 import finetune
 from common import FaceDataset, Heads, load_checkpoint, load_model, make_model, score_dataset
-from conftest import FAST, noise_pairs
+from conftest import FAST, noise_pairs, write_pair
 
 CPU = torch.device("cpu")
 
@@ -68,6 +70,23 @@ def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkey
     assert torch.equal(checkpoint["weights"]["head.weight"], weights[2].half())
 
 
+def test_the_average_is_validated_and_kept(drawn, tmp_path, cli, monkeypatch):
+    """By the defaults; matrices in half precision, vectors as they are."""
+    begun, validated = [], []
+    begin, validate = finetune.begin_training, finetune.validate
+    monkeypatch.setattr(finetune, "begin_training", lambda *args: begun.append(begin(*args)) or begun[-1])
+    monkeypatch.setattr(finetune, "validate", lambda *args: validated.append(args[0]) or validate(*args))
+    flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "m.pt", "--epochs", 1]
+    assert cli("finetune", *flags, *FAST, "--init", "random", "--lr", 0.01)[0] == 0
+    [training], kept = begun, load_checkpoint(tmp_path / "m.pt", "model")["weights"]
+    average = training.ema.module
+    assert validated == [average] and training.args.ema == 0.998
+    for name, values in average.state_dict().items():
+        if not name.startswith("attributes."):
+            assert torch.equal(kept[name], values.half() if values.ndim > 1 else values), name
+    assert not torch.equal(average.head.weight, training.model.head.weight)
+
+
 def test_final_learns_from_val_too_and_keeps_the_last_epoch(drawn, tmp_path, cli, monkeypatch):
     data, out = drawn / "dataset/processed_split", tmp_path / "m.pt"
     monkeypatch.setattr(finetune, "validate", None)  # nothing is scored
@@ -85,6 +104,24 @@ def test_final_learns_from_val_too_and_keeps_the_last_epoch(drawn, tmp_path, cli
     code, _, err = cli("finetune", *flags)
     count = len(FaceDataset(data / "val", 32))
     assert code == 0 and f"--init has learned from {count} of the {count} faces of val" in err
+
+
+def test_years_are_learned_where_groups_are_missing(tmp_path, cli):
+    """Adults only, some of unknown gender, some known by a range; what is unknown is no class of its own."""
+    for part in ("train", "val"):
+        for i, face in enumerate(["20-29_x_x", "31.5_1_x", "50_0_2", "66_x_3", "20_1_1", "35-55_0_x"] * 3):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+            write_pair(tmp_path / part, f"{face}_{part}{i}", cv2.resize(pixels, (40, 40)))
+    flags = ["--data", tmp_path, *FAST, "--init", "random", "--epochs", 1, "--out", tmp_path / "m.pt"]
+    code, _, err = cli("finetune", *flags)
+    assert code == 0 and "holds no face of Infant, Child" in err
+    checkpoint = load_checkpoint(tmp_path / "m.pt", "model")
+    assert checkpoint["missing_groups"] == ["Infant", "Child"]
+    val = FaceDataset(tmp_path / "val", 32)
+    logits = score_dataset(load_model(tmp_path / "m.pt", CPU)[0], val, CPU).logits
+    known = val.groups >= 0
+    right = (logits.argmax(dim=1).numpy() == val.groups)[known].mean()
+    assert known.sum() == 12 and checkpoint["val"]["val_accuracy"] == pytest.approx(right, abs=0.001)
 
 
 def test_init_from_contrastive_says_what_was_loaded(drawn, tmp_path, cli, refuse):
@@ -116,6 +153,7 @@ def test_every_head_learns(sigma):
     torch.manual_seed(0)
     batch = {"image": torch.randn(4, 3, 32, 32), "mask": (torch.rand(4, 1, 32, 32) > 0.5).to(torch.uint8)}
     batch |= {"age": torch.tensor([1, 20, 40, 110]), "group": torch.tensor([0, 2, 3, 5])}
+    batch |= {"spread": torch.zeros(4)}
     batch |= {"gender": torch.tensor([0, 1, 1, 0]), "race": torch.tensor([4, 0, 2, 1])}
     model = make_model(
         {"multitask": True, "age_sigma": sigma, "attribute_weight": 0.7}, training=True
@@ -135,6 +173,7 @@ def test_age_loss_by_hand():
     """Years: cross-entropy with a bell of --age-sigma; groups: plain cross-entropy."""
     logits = torch.randn(2, 101)
     batch = {"image": None, "age": torch.tensor([3, 70]), "group": torch.tensor([0, 5])}
+    batch["spread"] = torch.zeros(2)
     for sigma in (1.0, 5.0):
         bell = torch.stack([(-((torch.arange(101) - age) ** 2) / (2 * sigma**2)).exp() for age in (3, 70)])
         bell /= bell.sum(dim=1, keepdim=True)
@@ -162,7 +201,7 @@ def test_bad_input(drawn, tmp_path, refuse):
     refuse("finetune", *data, *start, "--multitask", words=[mask.name])
     shutil.rmtree(copy / "train")
     noise_pairs(copy / "train", [2, 8, 30, 50, 80] * 4)
-    refuse("finetune", *data, *start, words=["train", "Youth"])
+    refuse("finetune", *data, *start, "--age-sigma", 0, words=["train", "Youth", "--age-sigma"])
     (copy / "split.yaml").write_text("seed: [")
     refuse("finetune", *data, *start, words=["split.yaml"])
     assert [path.name for path in tmp_path.iterdir()] == ["split"]

@@ -45,6 +45,19 @@ def test_flags_reach_the_losses(monkeypatch, positives, default):
             assert rest[2] == (0.9 if flags else 0.5)
 
 
+def test_views_of_a_face_lie_in_a_row():
+    """Rows 2k and 2k + 1 attract, whatever the rest: swapping faces changes nothing, swapping views does."""
+    z = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    args = pretrain.get_parser().parse_args(["--positives", "view", "--temperature", "0.5"])
+
+    def loss(rows):
+        return contrastive_loss(lambda images: images, {"image": z[rows], "age": None}, args).item()
+
+    in_order = loss([0, 1, 2, 3, 4, 5, 6, 7])
+    assert loss([4, 5, 0, 1, 7, 6, 2, 3]) == pytest.approx(in_order, rel=1e-5)
+    assert abs(loss([0, 2, 1, 3, 4, 5, 6, 7]) - in_order) > 1e-3
+
+
 def test_starts_from_what_init_names(drawn, tmp_path, cli):
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--epochs", 1, "--lr", 1e-12]
     assert cli("pretrain", *flags, "--out", tmp_path / "a.pt", "--seed", 1)[0] == 0

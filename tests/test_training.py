@@ -1,19 +1,132 @@
 """What a run keeps in `.last.pt`, what it may continue, and whether its flags arrive."""
 
+import copy
 import csv
+import math
 import os
 import shutil
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+import devices
 import finetune
 import pretrain
 from common import FaceDataset, load_checkpoint
-from conftest import FAST
-from training import EpochBatches, begin_training, warmup_cosine
+from conftest import FAST, noise_pairs
+from training import EpochBatches, begin_training, to_device, train_one_epoch, warmup_cosine
+
+CPU = torch.device("cpu")
+
+
+class TinyModel(nn.Module):
+    """Batch normalisation, so that its mode matters, and a convolution, so that its precision does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 6)
+
+    def forward(self, images):
+        return self.head(self.norm(self.conv(images)).relu().mean(dim=(2, 3)))
+
+
+def group_losses(model, batch):
+    return F.cross_entropy(model(batch["image"]).float(), batch["group"])[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_equals_a_loop_written_by_hand(tmp_path, dtype):
+    """Every weight and statistic of the model and of its average, after two epochs of four steps."""
+    noise_pairs(tmp_path / "train", [3, 10, 20, 30, 50, 70] * 3)
+    dataset = FaceDataset(tmp_path / "train", 32, seed=4)
+    torch.manual_seed(0)
+    model = TinyModel()
+    expected, lr, decay = copy.deepcopy(model), 0.01, 0.3
+    args = Namespace(out=tmp_path / "o.pt", data=tmp_path, batch_size=4, seed=4, workers=0, epochs=2)
+    args.image_size, args.overwrite, args.ema = 32, False, decay
+    groups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": 0.2}]
+    training = begin_training(args, "model", model, groups, dataset, CPU, dtype, None, {})
+    found = []
+    for training.epoch in (0, 1):
+        found.append(train_one_epoch(training, group_losses))
+        model.eval()  # as validation leaves it
+
+    average, step, losses = copy.deepcopy(expected), 0, []
+    optimizer = torch.optim.AdamW(expected.parameters(), weight_decay=0.2)
+    for training.loader.batch_sampler.epoch in (0, 1):
+        expected.train()
+        for batch in training.loader:
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * max(step - 1, 0) / 7))
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = group_losses(expected, to_device(batch, CPU))[0]
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            share = min(decay, (step + 1) / (step + 11)) if step else 0  # the average begins as a copy
+            step += 1
+            for mean, now in zip(average.state_dict().values(), expected.state_dict().values()):
+                if mean.is_floating_point():
+                    mean.copy_(share * mean + (1 - share) * now)
+    assert torch.cat(found).flatten().tolist() == pytest.approx(losses, abs=1e-6)
+    for ours, theirs in ((model, expected), (training.ema.module, average)):
+        ours, theirs = ours.state_dict(), theirs.state_dict()
+        for name in theirs.keys() - {"norm.num_batches_tracked"}:
+            assert torch.allclose(ours[name], theirs[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("script, module", [("pretrain", pretrain), ("finetune", finetune)])
+def test_precision_and_final_reach_the_training(drawn, tmp_path, cli, monkeypatch, script, module):
+    begun = []
+    monkeypatch.setattr(module, "begin_training", lambda *args: begun.append(args) or 1 / 0)
+    flags = [script, "--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--out"]
+    for own, dtype, folders in (
+        (["--precision", "bf16", "--final"], torch.bfloat16, ["train", "val"]),
+        (["--precision", "fp32"], torch.float32, ["train"]),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            cli(*flags, tmp_path / "o.pt", *own)
+        dataset = begun[-1][4]
+        assert dtype in begun[-1]
+        assert len(dataset) == sum(
+            len(list((drawn / "dataset/processed_split" / name).glob("*_image.png"))) for name in folders
+        )
+    names = [type(step).__name__ for step in dataset.augment.transforms]
+    contrastive = script == "pretrain"
+    assert ("GaussianBlur" in names, "CoarseDropout" in names) == (contrastive, not contrastive)
+    assert dataset.views == 1 + contrastive and (dataset.masks is None)
+
+
+def test_precision_auto_is_bf16_where_the_processor_has_it(monkeypatch):
+    for found, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert devices.choose_precision("auto", CPU) == dtype
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True}, raising=False)
+    assert devices.choose_precision("auto", CPU) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # of an older torch
+    assert devices.choose_precision("auto", CPU) == torch.float32
+    for device in ("cpu", "mps"):
+        with pytest.raises(finetune.UserError, match=f"--precision fp16 needs CUDA.*--device {device}"):
+            devices.choose_precision("fp16", torch.device(device))
+
+
+def test_copies_wait_unless_pinned_to_cuda(monkeypatch):
+    """Apple's GPU reads pageable memory after it was freed."""
+    asked = []
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device, non_blocking=False: asked.append(non_blocking)
+    )
+    values = torch.zeros(3)
+    for pinned in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _, pinned=pinned: pinned)
+        for device in ("mps", "cuda", "cpu"):
+            devices.copy_to(torch.device(device), values)
+    assert asked == [False, False, False, False, True, False]
 
 
 def stop_in_epoch(monkeypatch, module, epoch):
@@ -125,6 +238,7 @@ def test_what_may_be_continued(drawn, tmp_path, cli, refuse, monkeypatch):
     refuse(*run, words=["--resume", "--overwrite"])
     refuse(*run, "--resume", "--epochs", 3, words=["--epochs 2, not 3", "--overwrite"])
     refuse(*run, "--resume", "--lr", 0.5, words=["--lr"])
+    refuse(*run, "--resume", "--seed", 1, words=["--seed off, not 1", "--overwrite"])
     # Pretrained again under the same name, with another result.
     shutil.copy("c.pt", "kept.pt")
     again = ["--epochs", 1, "--seed", 1, "--out", "c.pt", "--overwrite"]
