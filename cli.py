@@ -379,6 +379,10 @@ def write_csv(path: str | Path, rows: list[dict], columns: list[str] | None = No
         atomic_path(path, sync=True) as temporary,
         open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
+        returns = any("\r" in str(value) for row in rows for value in row.values())  # as in macOS' Icon\r
+        quoting = (
+            csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
+        )  # which does not quote them before Python 3.13
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n", quoting=quoting)
         writer.writeheader()
         writer.writerows(rows)

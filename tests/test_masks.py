@@ -7,6 +7,7 @@ import zipfile
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import shell
 from masks import grabcut_mask
@@ -118,6 +119,103 @@ def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
     assert "unreadable" in reasons["UTKFace/2_0_0_20170000000000002.jpg"]
     assert "unreadable" in reasons["UTKFace/3_0_0_20170000000000003.jpg"]
     assert "same name" in reasons["again/1_0_0_20170000000000001.jpg.chip.jpg"]
+
+
+def add(packed, name, data=None, kind=None, target=None):
+    """Adds a file, or a link, to a .tar."""
+    member = tarfile.TarInfo(name)
+    if kind:
+        member.type, member.linkname = kind, target
+    member.size = len(data or b"")
+    packed.addfile(member, io.BytesIO(data or b""))
+
+
+def test_links_in_an_archive_are_followed_and_others_named(raw, tmp_path, cli):
+    first, second = (path.read_bytes() for path in sorted(raw.iterdir())[:2])
+    stem = "{}_0_0_20170000000000000"
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as packed:
+        add(packed, "./f/" + stem.format(1) + ".jpg", first)
+        add(packed, "./f/data/second", second)
+        folder = tarfile.TarInfo("f/data")
+        folder.type = tarfile.DIRTYPE
+        packed.addfile(folder)
+        for age, kind, target in (
+            (2, tarfile.LNKTYPE, "f/data/second"), (3, tarfile.SYMTYPE, "data/second"),
+            (4, tarfile.SYMTYPE, stem.format(3) + ".jpg"), (5, tarfile.LNKTYPE, f"./f/{stem.format(1)}.jpg"),
+            (6, tarfile.SYMTYPE, "../../etc/passwd"), (7, tarfile.SYMTYPE, stem.format(7) + ".jpg"),
+            (8, tarfile.SYMTYPE, "data"), (9, tarfile.FIFOTYPE, ""),
+        ):  # fmt: skip
+            add(packed, f"f/{stem.format(age)}.jpg", kind=kind, target=target)
+    code, out, _ = cli(
+        "masks", "--input", tmp_path / "a.tar.gz", "--output", tmp_path / "out", "--workers", 1
+    )
+    assert code == 0 and "10 files: 5 pairs written" in out and "5 skipped" in out
+    images = {age: read(tmp_path / f"out/{stem.format(age)}_image.png") for age in range(1, 6)}
+    assert np.array_equal(images[1], images[5]) and not np.array_equal(images[1], images[2])
+    assert np.array_equal(images[2], images[3]) and np.array_equal(images[2], images[4])
+    assert skipped(tmp_path / "out") == {"./f/data/second": "malformed name"} | {
+        f"f/{stem.format(age)}.jpg": "neither a file nor a link to one in the archive" for age in range(6, 10)
+    }
+
+
+def test_archives_made_on_windows(raw, tmp_path, cli):
+    path, names = tmp_path / "a.zip", sorted(os.listdir(raw))
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("UTKFace\\", b"")
+        for name in names:
+            packed.writestr(f"UTKFace\\part1\\{name}", (raw / name).read_bytes())
+    code, out, _ = cli("masks", "--input", path, "--output", tmp_path / "out")
+    assert code == 0 and f"{len(names)} files: {len(names)} pairs written" in out
+
+
+def test_linked_folders_are_read_and_the_output_is_not(raw, tmp_path, cli):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to(raw)
+    (tmp_path / "in/gone.jpg").symlink_to("nowhere")
+    flags = ["--input", tmp_path / "in", "--output", tmp_path / "in/out"]
+    for word in ("12 pairs written", "12 already there"):
+        code, out, _ = cli("masks", *flags)
+        assert code == 0 and "13 files" in out and word in out
+        assert skipped(tmp_path / "in/out") == {"gone.jpg": "No such file or directory"}
+
+
+def test_what_cannot_be_used_at_all_is_an_error(raw, tmp_path, refuse):
+    names = sorted(os.listdir(raw))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        for name in names:
+            packed.writestr(name, (raw / name).read_bytes())
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        place = data.find(signature)
+        while place >= 0:
+            data[place + flags] |= 1  # encrypted
+            place = data.find(signature, place + 1)
+    (tmp_path / "a.zip").write_bytes(data)
+    flags = ["--output", tmp_path / "out", "--input"]
+    words = ["a.zip", "none of its 12 files can be used", "(12) for: encrypted", "skipped.csv"]
+    refuse("masks", *flags, tmp_path / "a.zip", words=words)
+    assert set(skipped(tmp_path / "out").values()) == {"encrypted"}
+    (tmp_path / "lfs").mkdir()
+    for name in names[:3]:
+        (tmp_path / "lfs" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    (tmp_path / "lfs/Icon\r").write_text("")
+    refuse("masks", *flags, tmp_path / "lfs", words=["none of its 4 files", "(3) for: unreadable image"])
+    assert skipped(tmp_path / "out")["Icon\r"] == "malformed name" and len(skipped(tmp_path / "out")) == 4
+    assert os.listdir(tmp_path / "out") == ["skipped.csv"]
+
+
+def test_of_several_pages_the_first_is_used_and_the_rest_named(raw, tmp_path, cli):
+    pages = [Image.open(path) for path in sorted(raw.iterdir())[:2]]
+    (tmp_path / "in").mkdir()
+    pages[0].save(tmp_path / "in/a.tif", save_all=True, append_images=pages[1:])
+    pages[1].save(tmp_path / "in/b.tif")
+    (tmp_path / "t.csv").write_text("file,age\na.tif,30\nb.tif,40\n")
+    flags = ["--input", tmp_path / "in", "--labels", tmp_path / "t.csv", "--output", tmp_path / "out"]
+    code, _, err = cli("masks", *flags)
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith("warning: 1 pictures have several pages, of which the first is used (such as a.tif")
+    for name, page in (("30_x_x_a", pages[0]), ("40_x_x_b", pages[1])):
+        assert np.array_equal(read(tmp_path / f"out/{name}.tif_image.png")[..., ::-1], np.asarray(page))
 
 
 def test_nothing_is_extracted_by_path(raw, tmp_path, cli):
