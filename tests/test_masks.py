@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from conftest import shell
-from masks import grabcut_mask
+from masks import HEIGHT, TURN, WIDTH, grabcut_mask, oval
 from utkface import parse_name
 
 
@@ -257,6 +257,12 @@ def test_masks_agree_with_the_truth(drawn):
         found, true = read(path) > 0, read(drawn / "dataset/raw_masks" / path.name) > 0
         overlaps.append((found & true).sum() / (found | true).sum())
     assert len(overlaps) == 150 and np.mean(overlaps) > 0.8 and np.percentile(overlaps, 5) > 0.6
+
+
+def test_masks_keep_to_the_usual_shape_where_the_picture_says_nothing():
+    usual = oval((200, 200), HEIGHT[0], WIDTH[0], TURN[0]) < 1
+    found = grabcut_mask(np.full((200, 200, 3), 128, np.uint8)) > 0
+    assert (found & usual).sum() / (found | usual).sum() > 0.89
 
 
 def test_masks_follow_the_picture(drawn):

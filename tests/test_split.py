@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import noise_pairs, write_pair
-from split import Pair, assign, connect, find_near_duplicates, share_out, unit_vectors
+from split import Pair, aligned_correlation, assign, connect, find_near_duplicates, share_out, unit_vectors
 from utkface import AGE_GROUPS, resize
 
 AGES = [
@@ -126,6 +126,7 @@ def test_find_near_duplicates(block):
     assert found == sorted(found)
     aligned = {(pair.first, pair.second): pair.aligned for pair in found}
     assert expected.items() <= aligned.items()
+    assert all((start + 2, start + 3) in aligned for start in range(0, 32, 8))  # copies among each other
     assert all(first < second and first // 8 == second // 8 for first, second in aligned)
     assert not strangers & {i for pair in aligned for i in pair}
     small = unit_vectors(np.stack([resize(image, 32) for image in thumbnails]))
@@ -137,8 +138,40 @@ def test_find_near_duplicates(block):
             )
 
 
+@pytest.mark.parametrize("shift", [0, 6])
+def test_many_copies_make_a_tree(shift):
+    rng = np.random.default_rng(4)
+    picture = cv2.resize(rng.integers(0, 256, (9, 9), np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
+    thumbnails = np.stack(
+        [np.roll(picture, (0, rng.integers(shift + 1)), (0, 1)) for _ in range(300)]
+        + [cv2.resize(rng.integers(0, 256, (9, 9), np.uint8), (64, 64))]
+    )
+    found = find_near_duplicates(thumbnails, 0.975, block=128)
+    assert connect(301, found).tolist() == [0] * 300 + [300]
+    assert len(found) < 3000  # of 44,850
+    if shift == 0:  # the shares are dealt by pairs as they lie: those must connect by themselves
+        assert not any(pair.aligned for pair in found)
+
+
 def test_connect_follows_chains():
     assert connect(6, [(4, 5, 1.0), (1, 4, 1.0), (2, 3, 1.0)]).tolist() == [0, 1, 2, 2, 1, 1]
+    assert connect(3, []).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("shift, same", [(40, 0), (24, 1)])
+def test_aligned_faces_must_overlap(monkeypatch, shift, same):
+    """Whatever the fit says, less than half of a face in common proves nothing."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    warp = np.array([[1, 0, shift], [0, 1, 0]], np.float32)
+    monkeypatch.setattr("split.cv2.findTransformECC", lambda *_: (1.0, warp))
+    assert aligned_correlation(image, np.roll(image, shift, axis=1)) == pytest.approx(same, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_large_families_are_placed_first(seed):
+    components = np.repeat([0, 10, 14, 16, 18], [10, 4, 2, 2, 2])
+    splits = assign(np.zeros(20, int), components, (0.5, 0.3, 0.2), seed)
+    assert np.bincount(splits).tolist() == [10, 6, 4]
 
 
 @pytest.mark.parametrize("fractions", [(0.7, 0.1, 0.2), (0.5, 0.5, 0), (0, 0.25, 0.75)])
@@ -151,6 +184,8 @@ def test_shares_hold_for_every_group_despite_duplicates(fractions):
     splits = assign(groups, components, fractions, seed=0)
     for start in range(0, 900, 3):
         assert len(set(splits[start : start + 3])) == 1
+    families = np.bincount(splits[:900], minlength=3) / 900
+    assert np.abs(families - fractions).max() < 0.05  # families are not all put where most faces go
     for group in range(6):
         shares = np.bincount(splits[groups == group], minlength=3) / (groups == group).sum()
         assert np.abs(shares - fractions).max() < 0.01
@@ -185,6 +220,29 @@ def test_every_pair_lands_in_exactly_one_split(tmp_path, cli):
         chosen = [row["split"] for row in rows if row["group"] == group]
         assert [chosen.count(split) for split in ("train", "val", "test")] == [14, 2, 4]
     assert os.stat(source / f"{stems[0]}_image.png").st_nlink == 2  # a hard link, no copy
+
+
+def test_own_faces_with_ranges_and_unknown_labels(tmp_path, cli):
+    noise_pairs(tmp_path / "p", [30, 50])
+    picture = cv2.imread(str(next((tmp_path / "p").glob("30*_image.png"))))
+    stems = ["20-29_x_x_a_image.png", "25_1_x_b.png", "31.5_x_4_c.png"]
+    for i, stem in enumerate(stems):
+        write_pair(tmp_path / "p", stem, cv2.convertScaleAbs(picture, alpha=1 - i / 20, beta=i))
+    flags = ["--input", tmp_path / "p", "--output", tmp_path / "s", "--fractions", 1, 0, 0]
+    assert cli("split", *flags)[0] == 0
+    rows = table(tmp_path / "s")
+    columns = ("age", "gender", "race", "group")
+    assert [tuple(rows[stem][column] for column in columns) for stem in stems] == [
+        ("20-29", "", "", ""), ("25", "1", "", "3"), ("31.5", "", "4", "3")
+    ]  # fmt: skip
+    assert all(
+        (tmp_path / "s/train" / f"{stem}_{part}.png").is_file()
+        for stem in stems
+        for part in ("image", "mask")
+    )
+    disagree = {(row["age"], row["other_age"]) for row in read(tmp_path / "s/conflicts.csv")}
+    assert disagree == {("20-29", "30"), ("20-29", "31.5"), ("25", "30"), ("25", "31.5"), ("30", "31.5")}
+    assert "already" in cli("split", *flags)[1]
 
 
 def test_split_depends_on_the_seed_and_not_on_file_order(tmp_path, cli):
