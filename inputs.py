@@ -149,11 +149,11 @@ def parse_age(text: str) -> tuple[float, float]:
             return first, min(last, OLDEST)
     match = AGE.fullmatch(word) or OPEN_RANGE.fullmatch(word) or RANGE.fullmatch(word)
     if not match:
-        raise ValueError(f"age {text.strip()!r} is neither a number nor a range of years")
+        raise ValueError(f"age is neither a number nor a range of years: {text.strip()!r}")
     years = [float(number.replace(",", ".")) for number in match.groups() if number]
     first, last = years[0], OLDEST if match.re is OPEN_RANGE else years[-1]
     if not 0 <= first <= last <= 130:
-        raise ValueError(f"age {word} does not lie within 0 to 130")
+        raise ValueError(f"age outside 0 to 130: {word}")
     return first, last
 
 

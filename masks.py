@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import product
@@ -231,16 +231,19 @@ def find_stems(args, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     rows, strange = read_labels(args.labels, dict(args.columns or ()))
     for label, count in strange.items():
         print(f"warning: {label} is unknown to --labels, in {count:,} rows", file=sys.stderr)
-    stems, reasons = match_labels(rows, names, Path(args.input))
-    pictures = {stem.split("_", 3)[3]: stem for stem in stems.values()}
-    for path in Path(args.output).glob("*_image.png"):
+    return match_labels(rows, names, Path(args.input))
+
+
+def remove_other_labels(output: Path, stems: Iterable[str], overwrite: bool):
+    """Removes the pairs of pictures that an older table gave another label; UserError without `overwrite`."""
+    by_picture = {stem.split("_", 3)[3]: stem for stem in stems}
+    for path in output.glob("*_image.png"):
         stem = path.name.removesuffix("_image.png")
-        if pictures.get(stem.split("_", 3)[-1], stem) != stem:  # what an older table said of this picture
-            if not args.overwrite:
+        if by_picture.get(stem.split("_", 3)[-1], stem) != stem:
+            if not overwrite:
                 raise UserError(f"--output: {path} has another label in --labels: --overwrite replaces it")
             path.unlink()
             path.with_name(f"{stem}_mask.png").unlink(missing_ok=True)
-    return stems, reasons
 
 
 def write_pair(
@@ -287,6 +290,7 @@ def write_pairs(args, find_mask: Callable, find_face: Callable | None):
         names = [name for name, *_ in read_files(source, output, skip)]
     counts["files"] = len(names) + len(skipped)
     stems, reasons = find_stems(args, names)
+    remove_other_labels(output, stems.values(), args.overwrite)
     for name, reason in reasons.items():
         skip(name, reason)
     with archive_errors(source), ThreadPoolExecutor(workers) as pool:
@@ -375,17 +379,16 @@ def main(args):
     speed = counts["written"] / (time.perf_counter() - start)
 
     commonest = ""
-    if skipped:
-        [(reason, count)] = Counter(row["reason"] for row in skipped).most_common(1)
+    for reason, count in Counter(row["reason"].split(":")[0] for row in skipped).most_common(1):
         commonest = f", most of them ({count:,}) for: {reason}"
     if skipped or counts["files"]:
         write_csv(output / "skipped.csv", skipped, ["file", "reason"])
     if not counts["written"] + counts["there"]:
-        malformed = "name UTKFace's folder or archive, or give --labels" * (MALFORMED in commonest)
-        raise UserError(
-            f"--input {args.input}: none of its {counts['files']:,} files can be used{commonest}; "
-            + (malformed or f"see {output}/skipped.csv")
-        )
+        remedy = f"see {output / 'skipped.csv'}"
+        if MALFORMED in commonest:
+            remedy = "name UTKFace's folder or archive, or give --labels"
+        files = f"none of its {counts['files']:,} files can be used"
+        raise UserError(f"--input {args.input}: {files}{commonest}; {remedy}")
     names = set(os.listdir(output))
     stems = [name.removesuffix("_mask.png") for name in sorted(names) if name.endswith("_mask.png")]
     stems = [stem for stem in stems if f"{stem}_image.png" in names]

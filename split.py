@@ -178,8 +178,7 @@ def assign(groups, components, fractions, seed):
     members = {root: np.flatnonzero(components == root) for root in several}
     for root in sorted(several, key=lambda root: -len(members[root])):
         histogram = np.bincount(groups[members[root]], minlength=len(GROUP_NAMES))
-        need = (wanted * histogram).sum(axis=1) / np.where(fractions > 0, fractions, np.inf)
-        choice = np.argmax(np.where(fractions > 0, need, -np.inf))
+        choice = np.argmax((wanted * histogram).sum(axis=1) / np.where(fractions > 0, fractions, np.inf))
         splits[members[root]] = choice
         wanted[choice] -= histogram
     for group in range(len(GROUP_NAMES)):

@@ -226,8 +226,8 @@ def test_drawn_faces_are_not_taken_for_photographs(drawn, tmp_path, cli):
         ("20-29", (20, 29)), ("0 – 2", (0, 2)), ("(25, 32)", (25, 32)), ("(8,12)", (8, 12)),
         ("70+", (70, 100)), ("more than 70", (70, 100)), (">=60", (60, 100)), ("infant", (0, 4)),
         ("Older Adult", (65, 100)), ("3 to 9", (3, 9)),
-        ("", "no age"), ("NaN", "no age"), ("-3", "within 0 to 130"), ("131", "within 0 to 130"),
-        ("29-20", "within 0 to 130"), ("thirty", "neither a number nor a range"), ("1990-05-01", "neither"),
+        ("", "no age"), ("NaN", "no age"), ("-3", "outside 0 to 130"), ("131", "outside 0 to 130"),
+        ("29-20", "outside 0 to 130"), ("thirty", "neither a number nor a range"), ("1990-05-01", "neither"),
         ("1e1", "neither"), ("inf", "neither"),
     ],
 )  # fmt: skip
@@ -299,6 +299,13 @@ def test_bad_tables(faces, tmp_path, cli, refuse):
     ):
         (tmp_path / "t.csv").write_bytes(content)
         refuse("masks", *flags, words=words)
+    save(tmp_path / "in/2.png", faces[20][0])
+    (tmp_path / "t.csv").write_text("file,age\n1.png,young\n2.png,old\n")
+    refuse(
+        "masks",
+        *flags,
+        words=["none of its 2 files", "(2) for: age is neither a number nor a range of years;"],
+    )
     (tmp_path / "t.csv").write_text("file,age,race\n1.png,30,Martian\n")
     refuse("masks", *flags, "--columns", "gender=sex", words=["no column sex"])
     refuse("masks", *flags, "--columns", "height=tall", words=["--columns", "file=…"])
