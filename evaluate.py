@@ -22,6 +22,7 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names a backend that this
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.special import expit, logit
 
 from cli import (
     UserError,
@@ -33,7 +34,7 @@ from cli import (
     script_parser,
     write_csv,
 )
-from common import FaceDataset, load_model, score_dataset
+from common import YEARS, FaceDataset, Scores, load_model, score_dataset
 from devices import choose_device, choose_precision
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
 
@@ -51,11 +52,14 @@ METRICS = {  # and how each is averaged
     "within_one_group": "within one group",
     "mae_years": "mean absolute error in years",
     "within_five_years": "within five years",
+    "range_coverage": "80 % range of years covers",
+    "range_width": "its width in years",
     "mask_iou": "mask IoU (mean over faces)",
     "mask_dice": "mask Dice (mean over faces)",
 }
-SHARES = ("accuracy", "within_one_group", "within_five_years")  # of faces, each of which counts 0 or 1
-SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group")
+IN_YEARS = ("mae_years", "range_width")
+SHARES = ("accuracy", "within_one_group", "within_five_years", "range_coverage")  # a face counts 0 or 1
+SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group", "range_coverage")
 
 # ------------------------------------------------------------------------------------------------------------
 # A model's answers
@@ -63,36 +67,51 @@ SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group")
 
 
 @dataclass
-class Scored:
+class Evaluation:
     """A checkpoint and what it says of N faces of a folder; `measure` fills in the last four fields."""
 
     path: Path
     checkpoint: dict
     folder: Path
     faces: list[Face]
-    groups: np.ndarray  # true groups, int (N,)
-    probabilities: np.ndarray  # (N, 6)
-    ages: np.ndarray | None  # predicted, (N,) in years
-    per_face: dict[str, np.ndarray]  # metrics that are means over faces, (N,) each
+    scores: Scores
     clusters: np.ndarray  # int (N,), which near-duplicates share
     learned: np.ndarray  # bool (N,): the model was trained on it
-    selected_on: (
-        np.ndarray
-    )  # bool (N,): the model's epoch was selected on it, though it was not trained on it
+    selected_on: np.ndarray  # bool (N,): the model's epoch was selected on it
     leaked: np.ndarray  # bool (N,): the model has learned from a near-duplicate, by split.csv
-    left_out: int  # faces, by --unseen
+    across_groups: int  # faces left out, since their range of ages crosses groups
+    unseen: int  # faces left out by --unseen
     metrics: dict[str, float] = field(default_factory=dict)
     summary: dict = field(default_factory=dict)  # what metrics.json holds
     draws: dict[str, np.ndarray] = field(default_factory=dict)  # bootstrap, (RESAMPLES,) of each metric
     subgroups: list[dict] = field(default_factory=list)  # rows of subgroups.csv
 
     def __post_init__(self):
+        self.groups = np.array([face.group for face in self.faces])  # true, int (N,)
+        self.probabilities = self.scores.logits.double().softmax(dim=1).numpy()  # N×6
         self.predicted, self.confidence = self.probabilities.argmax(axis=1), self.probabilities.max(axis=1)
         self.right = self.predicted == self.groups
+        self.per_face = per_face_metrics(self.scores, self.faces)
 
 
-def image_name(face):
-    return f"{face.stem}_image.png"
+def per_face_metrics(scores, faces):
+    """The metrics that are means over faces: {metric: (N,)}.
+
+    Errors in years count from the nearest year of a range; a range tells no coverage.
+    """
+    found, true = {}, np.array([face.age for face in faces])
+    spread = np.array([face.spread for face in faces])
+    if scores.ages is not None:
+        ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
+        error = np.maximum(np.abs(ages - true) - spread, 0)
+        found = {"mae_years": error, "within_five_years": (error <= 5).astype(float)}
+        if not spread.any():
+            year = np.minimum(np.floor(true + 0.5), YEARS - 1)  # as the model learns it
+            found["range_coverage"] = ((low <= year) & (year <= high)).astype(float)
+        found["range_width"] = high - low
+    if scores.mask_iou is not None:
+        found |= {"mask_iou": scores.mask_iou.numpy(), "mask_dice": scores.mask_dice.numpy()}
+    return found
 
 
 def read_split_table(data, files):
@@ -102,77 +121,61 @@ def read_split_table(data, files):
     another face of its group lies inside, bool (N,) each; split.py allows that only with --random. UserError
     if the table is one of other faces.
     """
-    path, first, parts = Path(data) / "split.csv", {}, {"train": set(), "val": set(), "test": set()}
+    path, rows = Path(data) / "split.csv", {}
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark, and semicolons
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
             for row in csv.DictReader(text.splitlines(), delimiter=delimiter):
-                first[row["file"]] = row["duplicate_of"] or row["file"]
-                parts[row["split"]].add(row["file"])
+                rows[row["file"]] = (row["duplicate_of"] or row["file"], row["split"])
         except (OSError, ValueError, KeyError, csv.Error):
-            first = {}
-        if not first.keys() & set(files):
-            raise UserError(
-                f"{path} is not split.py's table of these faces: run split.py again, or remove it"
-            )
-    groups = [first.get(name, name) for name in files]
-
-    def near(part):
-        inside = {first[name] for name in part}
-        return np.array([group in inside and name not in part for group, name in zip(groups, files)])
-
-    return np.unique(groups, return_inverse=True)[1], near(parts["train"]), near(parts["val"])
-
-
-def subset(dataset, kept):
-    """The faces of a `FaceDataset` for which `kept`, bool (N,), is true."""
-    part = copy(dataset)
-    part.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
-    part.images, part.ages, part.groups = dataset.images[kept], dataset.ages[kept], dataset.groups[kept]
-    part.masks = None if dataset.masks is None else dataset.masks[kept]
-    return part
+            rows = {}
+        if not rows.keys() & set(files):
+            raise UserError(f"{path} is no table of these faces: run split.py again, or remove it")
+    own = [rows.get(name, (name, "")) for name in files]
+    near = []
+    for part in ("train", "val"):
+        inside = {group for group, split in rows.values() if split == part}
+        near.append(np.array([group in inside and split != part for group, split in own]))
+    return np.unique([group for group, _ in own], return_inverse=True)[1], *near
 
 
 def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceDataset):
-    """Runs the model of a checkpoint on the faces of a folder, such as `split/test`; returns a `Scored`.
+    """Runs the model of a checkpoint on the faces of a folder, such as `split/test`: an `Evaluation`.
 
-    unseen: leaves out the faces that the model has learned from or that its epoch was selected on, and their
-    near-duplicates. read: how faces are read, so that the caller of several models can keep them. Raises
-    UserError if the checkpoint, the folder or its table is not as it should be, or if no face is left.
+    A face whose range of ages crosses groups is left out. unseen: so are the faces that the model has learned
+    from or that its epoch was selected on, and their near-duplicates. read: how faces are read, so that the
+    caller of several models can keep them. Raises UserError if the checkpoint, the folder or its table is not
+    as it should be, or if no face is left.
     """
     model, checkpoint = load_model(path, device)
     size, with_masks = checkpoint["preprocessing"]["image_size"], model.decoder is not None
     dataset = read(folder, size, with_masks=with_masks, workers=workers)
-    files = [image_name(face) for face in dataset.faces]
+    files = [f"{face.stem}_image.png" for face in dataset.faces]
     clusters, near_train, near_val = read_split_table(folder.parent, files)
     hashes = (np.asarray(checkpoint.get(name, [])) for name in ("train_hashes", "val_hashes"))
     learned, selected_on = (np.isin(dataset.hashes.numpy(), values) for values in hashes)
     selected_on &= ~learned
-    leaked = (near_train | near_val if checkpoint["config"].get("final") else near_train) & ~learned
-    kept = np.ones(len(dataset), bool)
-    if unseen:
-        kept = ~np.isin(clusters, clusters[learned | selected_on]) & ~near_train & ~near_val
-        if not kept.any():
-            raise UserError(
-                f"--unseen: 0 of {len(dataset)} faces of {folder} remain for {path}: name faces that it has "
-                "not learned from"
-            )
-        dataset = subset(dataset, kept)
+    # With --final, be it of finetune.py or of what the model started from, it has learned from val, too.
+    final = any(checkpoint[stage].get("final") for stage in ("config", "pretraining"))
+    leaked = (near_train | near_val if final else near_train) & ~learned
+    one_group = np.array([face.group >= 0 for face in dataset.faces])
+    seen = np.isin(clusters, clusters[learned | selected_on]) | near_train | near_val
+    kept = one_group & ~seen if unseen else one_group
+    across, left_out = int((~one_group).sum()), int((one_group & ~kept).sum())
+    if not kept.any():
+        raise UserError(
+            f"0 of {len(kept)} faces of {folder} remain for {path}: {across} are of a range of ages that "
+            f"crosses groups, and {left_out} are left out by --unseen; name other faces"
+        )
+    dataset = copy(dataset)
+    dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
+    dataset.images = dataset.images[kept]
+    dataset.masks = None if dataset.masks is None else dataset.masks[kept]
     scores = score_dataset(model, dataset, device, dtype)
     del checkpoint["weights"]  # a table keeps many
-    ages, per_face = None, {}
-    if scores.ages is not None:
-        ages = scores.ages.double().numpy()
-        error = np.abs(ages - dataset.ages)
-        per_face |= {"mae_years": error, "within_five_years": (error <= 5).astype(float)}
-    if scores.mask_iou is not None:
-        per_face |= {"mask_iou": scores.mask_iou.numpy(), "mask_dice": scores.mask_dice.numpy()}
-    return Scored(
-        path, checkpoint, folder, dataset.faces, dataset.groups,
-        scores.logits.double().softmax(dim=1).numpy(), ages, per_face,
-        clusters[kept], learned[kept], selected_on[kept], leaked[kept], int((~kept).sum()),
-    )  # fmt: skip
+    marks = (values[kept] for values in (clusters, learned, selected_on, leaked))
+    return Evaluation(path, checkpoint, folder, dataset.faces, scores, *marks, across, left_out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,19 +191,15 @@ def score(probabilities, groups, weights, per_face):
     and precision over those present in `groups` or among the predictions, a class that is never predicted
     having precision 0. AUC is NaN where only one class is present.
     """
-    parts = []
-    for part in progress(np.array_split(weights, -(-len(weights) // 50)), "bootstrap"):  # memory for 50
-        part = part.astype(float)  # r×N
-        values = rates(probabilities.argmax(axis=1), groups, part)
-        areas = [rank_areas(probabilities[:, g], groups == g, part) for g in range(len(GROUP_NAMES))]
-        auc, ap = (np.stack(columns, axis=1) for columns in zip(*areas))  # r×6
-        present = part @ np.eye(len(GROUP_NAMES))[groups] > 0  # r×6
-        values["auc_macro_ovr"] = np.where(present.sum(axis=1) > 1, mean_over(auc, present), np.nan)
-        values["ap_macro"] = mean_over(ap, present)
-        for name, column in per_face.items():
-            values[name] = part @ column / part.sum(axis=1)
-        parts.append(values)
-    return {name: np.concatenate([values[name] for values in parts]) for name in METRICS if name in parts[0]}
+    weights = weights.astype(float)
+    values = rates(probabilities.argmax(axis=1), groups, weights)
+    areas = [rank_areas(probabilities[:, g], groups == g, weights) for g in range(len(GROUP_NAMES))]
+    auc, ap = (np.stack(columns, axis=1) for columns in zip(*areas))  # R×6
+    present = weights @ np.eye(len(GROUP_NAMES))[groups] > 0  # R×6
+    values["auc_macro_ovr"] = np.where(present.sum(axis=1) > 1, mean_over(auc, present), np.nan)
+    values["ap_macro"] = mean_over(ap, present)
+    values |= {name: weights @ column / weights.sum(axis=1) for name, column in per_face.items()}
+    return {name: values[name] for name in METRICS if name in values}
 
 
 def rates(predicted, groups, weights):
@@ -253,8 +252,7 @@ def rank_areas(scores, positive, weights):
 def effective_faces(clusters):
     """How many unrelated faces N faces are worth: N² / Σ m², over the m faces of each cluster, int (N,).
 
-    Near-duplicates are taken to be right or wrong together, so that they count once: the variance of a share
-    is then greater by Σ m² / N (Kish 1965, the design effect of clusters with correlation 1).
+    Near-duplicates count once, being right or wrong together (Kish 1965, clusters of correlation 1).
     """
     return len(clusters) ** 2 / (np.unique(clusters, return_counts=True)[1] ** 2).sum()
 
@@ -270,8 +268,8 @@ def wilson(share, count):
 def resample(clusters, resamples=RESAMPLES, seed=0):
     """How often each of N faces is drawn in each bootstrap resample: int16 (resamples, N).
 
-    clusters: int (N,); faces of one cluster (near-duplicates) are drawn together, since they tell the same
-    thing. The same clusters and seed give the same draws, so that models can be compared face by face.
+    clusters: int (N,); near-duplicates, which share one, are drawn together. The same clusters and seed give
+    the same draws, so that models can be compared face by face.
     """
     rng = np.random.default_rng(seed)
     names, index = np.unique(clusters, return_inverse=True)
@@ -283,6 +281,32 @@ def interval(draws):
     """The 95 % percentile interval [low, high] of draws (R,), those that are NaN left out."""
     draws = draws[~np.isnan(draws)]
     return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [np.nan, np.nan]
+
+
+def logit_interval(value, draws):
+    """The 95 % interval of a value from 0 to 1, normal in log-odds, by the deviation of draws (R,).
+
+    For average precision, of which copies of a face share a rank: draws and their percentiles lie too high
+    (Boyd et al. 2013 compare intervals).
+    """
+    odds = logit(np.clip([value, *draws[~np.isnan(draws)]], 1e-9, 1 - 1e-9))
+    half = 1.959964 * odds[1:].std()
+    return expit([odds[0] - half, odds[0] + half]).tolist()
+
+
+def balanced_accuracy(right, groups, clusters):
+    """Balanced accuracy of N faces, and how many unrelated faces it is worth, for `wilson`.
+
+    It is a mean of shares, one a group, and as many faces give a share of the same variance. A right and a
+    wrong face more in each group keep that variance above zero (Agresti and Caffo 2000). right: bool (N,);
+    groups, clusters: int (N,).
+    """
+    parts = [groups == group for group in np.unique(groups)]
+    shares = np.array([(right[part].sum() + 1) / (part.sum() + 2) for part in parts])
+    faces = np.array([effective_faces(clusters[part]) for part in parts])
+    variance = (shares * (1 - shares) / faces).sum() / len(parts) ** 2
+    value = np.mean([right[part].mean() for part in parts])
+    return value, shares.mean() * (1 - shares.mean()) / variance
 
 
 def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
@@ -311,53 +335,56 @@ def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
 
 
 def label_subgroups(faces, groups):
-    """The subgroups of N faces: {kind: (the name of each face's, str (N,); all names in order)}."""
-    genders = np.array(GENDERS)[[face.gender for face in faces]]
-    races = np.array(RACES)[[face.race for face in faces]]
-    both = np.array([f"{race}, {gender}" for race, gender in zip(races, genders)])
+    """{kind: (the subgroup of each of N faces, "" if unknown; all of the kind's subgroups, in order)}."""
+    genders = np.array([*GENDERS, ""])[[face.gender for face in faces]]  # -1 is the last
+    races = np.array([*RACES, ""])[[face.race for face in faces]]
+    both = [f"{race}, {gender}" if race and gender else "" for race, gender in zip(races, genders)]
     return {
         "age group": (np.array(GROUP_NAMES)[groups], GROUP_NAMES),  # where accuracy is recall
         "gender": (genders, GENDERS),
         "race": (races, RACES),
-        "race and gender": (both, [f"{race}, {gender}" for race in RACES for gender in GENDERS]),
+        "race and gender": (np.array(both), [f"{race}, {gender}" for race in RACES for gender in GENDERS]),
     }
 
 
-def score_subgroup(scored, at, weights):
+def score_subgroup(evaluation, at):
     """A row of subgroups.csv: `SUBGROUP_METRICS` of the faces at indices `at`, with 95 % intervals."""
-    predicted, groups = scored.predicted[at], scored.groups[at]
-    values, draws = rates(predicted, groups, np.ones((1, len(at)))), rates(predicted, groups, weights[:, at])
+    right, groups, clusters = evaluation.right[at], evaluation.groups[at], evaluation.clusters[at]
+    count, within_one = effective_faces(clusters), np.abs(evaluation.predicted[at] - groups) <= 1
+    estimates = {
+        "accuracy": (right.mean(), count),
+        "balanced_accuracy": balanced_accuracy(right, groups, clusters),
+        "within_one_group": (within_one.mean(), count),
+    }
     row = {"n": len(at), "small": int(len(at) < SMALL)}
-    for metric in SUBGROUP_METRICS:
-        value = float(values[metric][0])
-        # Balanced accuracy over a single age group is a share, too.
-        if metric in SHARES or len(np.unique(groups)) == 1:
-            low, high = wilson(value, effective_faces(scored.clusters[at]))
-        else:
-            low, high = interval(draws[metric])
-        row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = (round(x, 6) for x in (value, low, high))
+    if "range_coverage" in evaluation.per_face:
+        estimates["range_coverage"] = (evaluation.per_face["range_coverage"][at].mean(), count)
+        row["range_width"] = round(float(evaluation.per_face["range_width"][at].mean()), 6)
+    for metric, (value, faces) in estimates.items():
+        ends = (value, *wilson(value, faces))
+        row |= {metric + end: round(float(x), 6) for end, x in zip(("", "_low", "_high"), ends)}
     return row
 
 
-def score_subgroups(scored, weights, seed=0):
+def score_subgroups(evaluation, seed=0):
     """Accuracies by age group, gender, race and the last two: a row a subgroup, and the widest gap of each.
 
-    weights: (R, N) from `resample`. A gap lies between the highest and the lowest accuracy among subgroups of
-    at least `SMALL` faces, and stands there with its `gap_p_value`.
+    A gap lies between the highest and the lowest accuracy among subgroups of at least `SMALL` faces, and
+    stands there with its `gap_p_value`.
     """
     rows, gaps = [], []
-    for by, (labels, names) in label_subgroups(scored.faces, scored.groups).items():
+    for by, (labels, names) in label_subgroups(evaluation.faces, evaluation.groups).items():
         own = []
         for name in names:
             at = np.flatnonzero(labels == name)
             if len(at):
-                own.append({"by": by, "subgroup": name} | score_subgroup(scored, at, weights))
+                own.append({"by": by, "subgroup": name} | score_subgroup(evaluation, at))
         large = sorted((row for row in own if not row["small"]), key=lambda row: row["accuracy"])
         p = ""
         if len(large) > 1:
             lowest, highest = large[0], large[-1]
-            inside = np.isin(labels, [row["subgroup"] for row in large])
-            p = gap_p_value(scored.right[inside], labels[inside], scored.clusters[inside], seed)
+            at = np.isin(labels, [row["subgroup"] for row in large])
+            p = gap_p_value(evaluation.right[at], labels[at], evaluation.clusters[at], seed)
             difference = round(highest["accuracy"] - lowest["accuracy"], 6)
             gap = {"by": by, "highest": highest["subgroup"], "lowest": lowest["subgroup"]}
             gaps.append(gap | {"difference": difference, "p": p})
@@ -365,24 +392,21 @@ def score_subgroups(scored, weights, seed=0):
     return rows, gaps
 
 
-def calibration_bins(confidence):
-    """Which of `BINS` bins of equal width each confidence (N,) falls into: int (N,)."""
-    return np.minimum((confidence * BINS).astype(int), BINS - 1)
-
-
 def calibration_error(confidence, right):
     """Expected calibration error of the predicted group, 0 to 1: confidence (N,), right bool (N,)."""
-    return float(np.abs(np.bincount(calibration_bins(confidence), right - confidence)).sum() / len(right))
+    sums, _ = np.histogram(confidence, BINS, (0, 1), weights=right - confidence)
+    return float(np.abs(sums).sum() / len(right))
 
 
-def measure_calibration(confidence, right, seed=0):
+def measure_calibration(confidence, right, clusters, seed=0):
     """The calibration error, and what a perfectly calibrated model would show on as many faces.
 
     The second is above zero, since few faces fall into a bin: its mean and 95 % range, over outcomes that are
-    drawn from the confidences themselves.
+    drawn from the confidences themselves, for near-duplicates together. All (N,).
     """
     rng = np.random.default_rng(seed)
-    drawn = (rng.random(len(right)) < confidence for _ in range(RESAMPLES))
+    names, index = np.unique(clusters, return_inverse=True)
+    drawn = (rng.random(len(names))[index] < confidence for _ in range(RESAMPLES))
     perfect = np.array([calibration_error(confidence, outcome) for outcome in drawn])
     return {
         "expected_calibration_error": calibration_error(confidence, right),
@@ -390,36 +414,50 @@ def measure_calibration(confidence, right, seed=0):
     }
 
 
-def accuracies_by_leak(right, leaked):
-    """How many faces are leaked, the accuracy on them and on the rest (None of none)."""
-    on_leaked, on_rest = (float(right[part].mean()) if part.any() else None for part in (leaked, ~leaked))
-    return {"n": int(leaked.sum()), "accuracy": on_leaked, "accuracy_of_the_rest": on_rest}
-
-
-def measure(scored, seed):
-    """Fills in the metrics of a `Scored`, their summary and draws, and its subgroups."""
-    s, weights = scored, resample(scored.clusters, seed=seed)
-    effective = effective_faces(s.clusters)
-    values = score(s.probabilities, s.groups, np.ones((1, len(s.faces))), s.per_face)
-    s.draws = score(s.probabilities, s.groups, weights, s.per_face)
-    s.subgroups, gaps = score_subgroups(s, weights, seed)
-    for name, [value] in values.items():
-        s.metrics[name] = float(value)
-        low, high = wilson(value, effective) if name in SHARES else interval(s.draws[name])
-        value, low, high = (None if np.isnan(x) else round(float(x), 6) for x in (value, low, high))
-        s.summary[name] = {"value": value, "ci95": [low, high]}
-    s.summary |= {
-        "n": len(s.faces),
+def measure(evaluation, seed):
+    """Fills in the metrics of an `Evaluation`, their draws and summary, and its subgroups."""
+    e, weights = evaluation, resample(evaluation.clusters, seed=seed)
+    effective = effective_faces(e.clusters)
+    values = score(e.probabilities, e.groups, np.ones((1, len(e.faces))), e.per_face)
+    e.metrics = {name: float(value) for name, [value] in values.items()}
+    parts = progress(np.array_split(weights, RESAMPLES // 50), "bootstrap")  # 50 fit the memory
+    draws = [score(e.probabilities, e.groups, part, e.per_face) for part in parts]
+    e.draws = {name: np.concatenate([part[name] for part in draws]) for name in values}
+    for name, value in e.metrics.items():
+        ends = wilson(value, effective) if name in SHARES else interval(e.draws[name])
+        if name == "ap_macro":
+            ends = logit_interval(value, e.draws[name])
+        numbers = [None if np.isnan(x) else round(x, 6) for x in (value, *ends)]
+        e.summary[name] = {"value": numbers[0], "ci95": numbers[1:]}
+    e.subgroups, gaps = score_subgroups(e, seed)
+    present, guessed = ({GROUP_NAMES[group] for group in x} for x in (e.groups, e.predicted))
+    e.summary |= {
+        "n": len(e.faces),
         "effective_n": round(effective, 1),
-        "absent_classes": [name for group, name in enumerate(GROUP_NAMES) if group not in s.groups],
-        **measure_calibration(s.confidence, s.right, seed),
+        "absent_classes": [name for name in GROUP_NAMES if name not in present],
+        "classes_of_f1_and_precision": [name for name in GROUP_NAMES if name in present | guessed],
+        "classes_never_learned": e.checkpoint.get("missing_groups", []),
+        **measure_calibration(e.confidence, e.right, e.clusters, seed),
+        "range_by_group": {
+            row["subgroup"]: {"coverage": row["range_coverage"], "width": row["range_width"]}
+            for row in e.subgroups
+            if row["by"] == "age group" and "range_coverage" in row
+        },
         "widest_gaps": gaps,
-        "seen_in_training": int(s.learned.sum()),
-        "chose_the_epoch": int(s.selected_on.sum()),
-        "left_out_by_unseen": s.left_out,
-        "near_duplicates_in_train": accuracies_by_leak(s.right, s.leaked),
-        "checkpoint": str(s.path),
-        "split": s.folder.name,
+        "seen_in_training": int(e.learned.sum()),
+        "chose_the_epoch": int(e.selected_on.sum()),
+        "left_out_across_groups": e.across_groups,
+        "left_out_by_unseen": e.unseen,
+        "unknown_gender": sum(face.gender < 0 for face in e.faces),
+        "unknown_race": sum(face.race < 0 for face in e.faces),
+        "ages_in_ranges": sum(face.spread > 0 for face in e.faces),
+        "near_duplicates_in_train": {
+            "n": int(e.leaked.sum()),
+            "accuracy": float(e.right[e.leaked].mean()) if e.leaked.any() else None,
+            "accuracy_of_the_rest": None if e.leaked.all() else float(e.right[~e.leaked].mean()),
+        },
+        "checkpoint": str(e.path),
+        "split": e.folder.name,
         "bootstrap_resamples": RESAMPLES,
     }
 
@@ -429,15 +467,10 @@ def measure(scored, seed):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def save_figure(figure, path):
-    """Writes a matplotlib figure as PNG."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-
-
-def plot_confusion_matrix(path, scored):
-    """Draws how many faces of each true group (rows) were taken for which (columns), and their share."""
-    [counts] = confusion_matrix(scored.predicted, scored.groups, np.ones((1, len(scored.faces)))).astype(int)
+def plot_confusion_matrix(evaluation):
+    """How many faces of each true group (rows) were taken for which (columns), and their share."""
+    e = evaluation
+    [counts] = confusion_matrix(e.predicted, e.groups, np.ones((1, len(e.faces)))).astype(int)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(7.6, 6.4), layout="constrained")
     axis = figure.subplots()
@@ -447,72 +480,71 @@ def plot_confusion_matrix(path, scored):
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     axis.set_xticks(range(len(GROUP_NAMES)), GROUP_NAMES, rotation=30, ha="right")
     axis.set_yticks(range(len(GROUP_NAMES)), GROUP_NAMES)
-    title = f"{len(scored.faces)} faces, accuracy {scored.right.mean():.1%}"
+    title = f"{len(e.faces)} faces, accuracy {e.right.mean():.1%}"
     axis.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(image, label="share of the true group", fraction=0.046)
-    save_figure(figure, path)
+    return figure
 
 
-def plot_subgroups(path, scored):
-    """Draws the accuracies of subgroups with their intervals, small subgroups hollow."""
-    rows = scored.subgroups
-    figure = Figure(figsize=(13, 1.6 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(SUBGROUP_METRICS), sharey=True)
+def plot_subgroups(evaluation):
+    """Accuracies and coverage of subgroups with their intervals, small subgroups hollow."""
+    rows = evaluation.subgroups
+    metrics = [metric for metric in SUBGROUP_METRICS if metric in rows[0]]
+    figure = Figure(figsize=(4.3 * len(metrics), 1.6 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(metrics), sharey=True)
     kinds = list(dict.fromkeys(row["by"] for row in rows))
-    for axis, metric in zip(axes, SUBGROUP_METRICS):
-        axis.axvline(scored.summary[metric]["value"], color="0.6", linestyle="--")
-        for y, row in enumerate(rows):
-            color = f"C{kinds.index(row['by'])}"
-            axis.plot([row[metric + "_low"], row[metric + "_high"]], [y, y], color=color)
-            axis.plot(row[metric], y, "o", color=color, fillstyle="none" if row["small"] else "full")
+    colors = [f"C{kinds.index(row['by'])}" for row in rows]
+    faces = ["white" if row["small"] else color for row, color in zip(rows, colors)]
+    for axis, metric in zip(axes, metrics):
+        value, low, high = ([row[metric + end] for row in rows] for end in ("", "_low", "_high"))
+        axis.axvline(evaluation.metrics[metric], color="0.6", linestyle="--")
+        axis.hlines(range(len(rows)), low, high, colors=colors)
+        axis.scatter(value, range(len(rows)), edgecolors=colors, facecolors=faces, zorder=2)
         axis.set(title=metric.replace("_", " "), ylim=(len(rows) - 0.5, -0.5))
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.grid(alpha=0.3)
     labels = [f"{row['subgroup']} ({row['n']}{', small' if row['small'] else ''})" for row in rows]
     axes[0].set_yticks(range(len(rows)), labels)
     figure.supxlabel(f"95 % intervals; dashed: all faces; hollow: fewer than {SMALL} faces", fontsize=9)
-    save_figure(figure, path)
+    return figure
 
 
-def plot_reliability(path, scored):
-    """Draws accuracy against confidence, bins of fewer than 20 faces hollow, and the number of faces."""
-    which = calibration_bins(scored.confidence)
-    counts = np.bincount(which, minlength=BINS)
-    sums = (np.bincount(which, values, BINS) for values in (scored.confidence, scored.right))
-    confidence, accuracy = (total / np.maximum(counts, 1) for total in sums)
+def plot_reliability(evaluation):
+    """Accuracy against confidence, in bins, and the number of faces in each."""
+    e, error = evaluation, evaluation.summary["expected_calibration_error"]
+    low, high = e.summary["calibration_error_if_perfect"]["range95"]
+    counts, edges = np.histogram(e.confidence, BINS, (0, 1))
+    sums = (np.histogram(e.confidence, edges, weights=x)[0] for x in (e.confidence, e.right.astype(float)))
+    confidence, accuracy = (total[counts > 0] / counts[counts > 0] for total in sums)
     figure = Figure(figsize=(5.6, 6.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    error = scored.summary["expected_calibration_error"]
-    low, high = scored.summary["calibration_error_if_perfect"]["range95"]
     label = f"the model: calibration error {error:.1%}\n(a perfect one's: {low:.1%} to {high:.1%})"
-    many, few = counts >= 20, (counts > 0) & (counts < 20)
     top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
-    top.plot(confidence[many], accuracy[many], "o-", color="C0", label=label)
-    top.plot(confidence[few], accuracy[few], "o", color="C0", fillstyle="none")
-    top.set(ylabel="accuracy", title=f"{len(scored.faces)} faces", xlim=(0, 1), ylim=(0, 1))
+    top.plot(confidence, accuracy, "o-", color="C0", label=label)
+    top.set(ylabel="accuracy", title=f"{len(e.faces)} faces", xlim=(0, 1), ylim=(0, 1))
     top.legend(loc="upper left", fontsize=9)
     top.grid(alpha=0.3)
-    bottom.stairs(counts, np.linspace(0, 1, BINS + 1), linewidth=1.5)
-    bottom.set(xlabel="confidence in the predicted group; hollow above: fewer than 20 faces", ylabel="faces")
+    bottom.stairs(counts, edges, linewidth=1.5)
+    bottom.set(xlabel="confidence in the predicted group", ylabel="faces")
     bottom.grid(alpha=0.3)
-    save_figure(figure, path)
+    return figure
 
 
-def plot_mistakes(path, scored, count=40):
-    """Draws the `count` wrong predictions of highest confidence with their labels."""
-    s, wrong = scored, np.flatnonzero(~scored.right)
-    chosen = wrong[np.argsort(-s.confidence[wrong], kind="stable")][:count]
+def plot_mistakes(evaluation, count=40):
+    """The `count` wrong predictions of highest confidence with their labels."""
+    e, wrong = evaluation, np.flatnonzero(~evaluation.right)
+    chosen = wrong[np.argsort(-e.confidence[wrong], kind="stable")][:count]
     columns, rows = 8, max(1, -(-len(chosen) // 8))
     figure = Figure(figsize=(1.75 * columns, 2.25 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, i in zip(axes, chosen):
-        axis.imshow(read_image(s.folder / image_name(s.faces[i]))[:, :, ::-1])
-        true, taken = f"{GROUP_NAMES[s.groups[i]]} ({s.faces[i].age})", GROUP_NAMES[s.predicted[i]]
-        axis.set_title(f"{true}\ntaken for {taken}\n{s.confidence[i]:.0%} sure", fontsize=8)
+        axis.imshow(read_image(e.folder / f"{e.faces[i].stem}_image.png")[:, :, ::-1])
+        true, taken = f"{GROUP_NAMES[e.groups[i]]} ({e.faces[i].age})", GROUP_NAMES[e.predicted[i]]
+        axis.set_title(f"{true}\ntaken for {taken}\n{e.confidence[i]:.0%} sure", fontsize=8)
     figure.suptitle(f"{len(chosen)} of {len(wrong)} mistakes, the most confident first; labels may be wrong")
-    save_figure(figure, path)
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -520,43 +552,46 @@ def plot_mistakes(path, scored, count=40):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def write_results(scored, out):
+def write_results(evaluation, out):
     """Writes the files of one model that `measure` has been through."""
-    s, out, rows = scored, Path(out), []
+    e, out, rows = evaluation, Path(out), []
     with atomic_path(out / "metrics.json", sync=True) as temporary:
-        temporary.write_text(json.dumps(s.summary, indent=2) + "\n", encoding="utf-8")
-    for i, face in enumerate(s.faces):
-        row = {"file": image_name(face), "age": face.age, "true": s.groups[i], "predicted": s.predicted[i]}
-        if s.ages is not None:
-            row["predicted_age"] = f"{s.ages[i]:.1f}"
-        rows.append(row | {f"p{group}": f"{p:.6f}" for group, p in enumerate(s.probabilities[i])})
+        temporary.write_text(json.dumps(e.summary, indent=2) + "\n", encoding="utf-8")
+    years = {"predicted_age": e.scores.ages, "age_low": e.scores.age_low, "age_high": e.scores.age_high}
+    for i, face in enumerate(e.faces):
+        row = {"file": f"{face.stem}_image.png", "age": face.age}
+        row |= {"true": e.groups[i], "predicted": e.predicted[i]}
+        row |= {name: f"{values[i]:.1f}" for name, values in years.items() if values is not None}
+        rows.append(row | {f"p{group}": f"{p:.6f}" for group, p in enumerate(e.probabilities[i])})
     write_csv(out / "predictions.csv", rows)
-    write_csv(out / "subgroups.csv", s.subgroups)
-    plot_confusion_matrix(out / "confusion_matrix.png", s)
-    plot_subgroups(out / "subgroups.png", s)
-    plot_reliability(out / "reliability.png", s)
-    plot_mistakes(out / "mistakes.png", s)
+    write_csv(out / "subgroups.csv", e.subgroups)
+    figures = {
+        "confusion_matrix": plot_confusion_matrix(e),
+        "subgroups": plot_subgroups(e),
+        "reliability": plot_reliability(e),
+        "mistakes": plot_mistakes(e),
+    }
+    for name, figure in figures.items():
+        with atomic_path(out / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=130)
 
 
-def warn_of_seen(scored):
+def warn_of_seen(evaluation):
     """Warns of faces that the model was trained on, or that its epoch was selected on."""
-    kinds = {"was trained on": scored.learned, "had its epoch selected on": scored.selected_on}
+    kinds = {"was trained on": evaluation.learned, "had its epoch selected on": evaluation.selected_on}
     for what, faces in kinds.items():
         if faces.any():
             counts = f"{faces.sum()} of these {len(faces)} faces"
-            print(f"warning: {scored.path} {what} {counts}; --unseen leaves them out", file=sys.stderr)
+            print(f"warning: {evaluation.path} {what} {counts}; --unseen leaves them out", file=sys.stderr)
 
 
-def print_results(scored):
+def print_results(evaluation):
     """Prints what `measure` has found of one model: metrics, calibration, leaks, subgroups and gaps."""
-    summary, leaks = scored.summary, scored.summary["near_duplicates_in_train"]
-    if scored.left_out:
-        total = f"{len(scored.faces) + scored.left_out} faces"
-        print(f"{scored.left_out} of {total} left out: the model has seen them, or near-duplicates of them")
-    print(f"{scored.path} on {len(scored.faces)} faces of {scored.folder}, 95 % intervals:")
+    summary, leaks = evaluation.summary, evaluation.summary["near_duplicates_in_train"]
+    print(f"{evaluation.path} on {summary['n']} faces of {evaluation.folder}, 95 % intervals:")
     for name, label in METRICS.items():
         if name in summary:
-            form = ".2f" if name == "mae_years" else ".2%"
+            form = ".2f" if name in IN_YEARS else ".2%"
             numbers = (summary[name]["value"], *summary[name]["ci95"])
             value, low, high = ("–" if x is None else format(x, form) for x in numbers)
             print(f"  {label:34}{value:>7}  [{low}, {high}]")
@@ -564,22 +599,32 @@ def print_results(scored):
     low, high = perfect["range95"]
     print(f"  {'expected calibration error':34}{summary['expected_calibration_error']:7.2%}", end="  ")
     print(f"(perfectly calibrated: {perfect['mean']:.2%} [{low:.2%}, {high:.2%}])")
-    if summary["absent_classes"]:
-        names = ", ".join(summary["absent_classes"])
-        print(f"  absent from the truth and left out of macro averages: {names}")
+    absent = ", ".join(summary["absent_classes"])
+    notes = {
+        "absent from the truth and left out of the other macro averages": absent,
+        "F1 and precision average over": absent and ", ".join(summary["classes_of_f1_and_precision"]),
+        "the model was trained without": ", ".join(summary["classes_never_learned"]),
+        "left out, since the range of ages crosses groups": summary["left_out_across_groups"],
+        "left out by --unseen, near-duplicates included": summary["left_out_by_unseen"],
+        "left out of subgroups by gender, since it is unknown": summary["unknown_gender"],
+        "left out of subgroups by race, since it is unknown": summary["unknown_race"],
+        "ages that are ranges, where errors count from the nearest year": summary["ages_in_ranges"],
+    }
+    for what, value in notes.items():
+        if value:
+            print(f"  {what}: {value}")
     if leaks["n"]:
-        where = "train or val" if scored.checkpoint["config"].get("final") else "train"
-        print(
-            f"  {leaks['n']} faces have a near-duplicate in {where}: accuracy {leaks['accuracy']:.2%}", end=""
-        )
-        rest = leaks["accuracy_of_the_rest"]
-        print(" on them" + ("" if rest is None else f", {rest:.2%} on the rest"))
-    print(f"\n  {'':16}{'faces':>6}{'accuracy':>26}{'balanced':>26}{'within one group':>26}")
-    for row in scored.subgroups:
-        cells = (f"{row[m]:10.1%} [{row[m + '_low']:.1%}, {row[m + '_high']:.1%}]" for m in SUBGROUP_METRICS)
+        accuracies = f"accuracy {leaks['accuracy']:.2%} on them"
+        if leaks["accuracy_of_the_rest"] is not None:
+            accuracies += f", {leaks['accuracy_of_the_rest']:.2%} on the rest"
+        print(f"  {leaks['n']} faces have a near-duplicate that the model has learned from: {accuracies}")
+    metrics = [metric for metric in SUBGROUP_METRICS if metric in evaluation.subgroups[0]]
+    print(f"\n  {'':16}{'faces':>6}" + "".join(f"{metric.replace('_', ' '):>24}" for metric in metrics))
+    for row in evaluation.subgroups:
+        cells = (f"{row[m]:.1%} [{row[m + '_low']:.1%}, {row[m + '_high']:.1%}]" for m in metrics)
         name = f"{row['subgroup']:16}{row['n']:5}{'*' if row['small'] else ' '}"
-        print(f"  {name}" + "".join(f"{cell:>26}" for cell in cells))
-    if any(row["small"] for row in scored.subgroups):
+        print(f"  {name}" + "".join(f"{cell:>24}" for cell in cells))
+    if any(row["small"] for row in evaluation.subgroups):
         print(f"  * fewer than {SMALL} faces: little can be said")
     for gap in summary["widest_gaps"]:
         points = f"{100 * gap['difference']:.1f} points of accuracy"

@@ -1,6 +1,10 @@
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -11,18 +15,23 @@ from scipy import stats
 from sklearn import metrics as sk
 
 import evaluate
-from common import MultitaskResNet18, Scores, save_checkpoint
-from conftest import noise_pairs
+from common import FaceDataset, MultitaskResNet18, Scores, save_checkpoint
+from conftest import ROOT, noise_pairs, write_pair
 from devices import set_seed
 from evaluate import (
+    Evaluation,
+    balanced_accuracy,
     calibration_error,
     effective_faces,
     gap_p_value,
+    logit_interval,
+    measure,
     measure_calibration,
     rates,
     read_split_table,
     resample,
     score,
+    score_model,
     score_subgroups,
     wilson,
 )
@@ -87,11 +96,32 @@ def test_wilson_equals_scipy_and_near_duplicates_count_once():
     assert effective_faces(np.array([4, 4, 1, 2])) == pytest.approx(16 / 6)
 
 
+def test_balanced_accuracy_is_worth_the_faces_of_a_share_with_its_variance():
+    right, groups = np.arange(40) % 4 > 0, np.repeat([2, 5], [8, 32])
+    right[:8] = True
+    value, faces = balanced_accuracy(right, groups, np.arange(40))
+    assert value == pytest.approx((1 + 0.75) / 2)
+    shares = np.array([9 / 10, 25 / 34])
+    variance = (shares * (1 - shares) / [8, 32]).sum() / 4
+    assert faces == pytest.approx(shares.mean() * (1 - shares.mean()) / variance)
+    assert balanced_accuracy(right[8:], groups[8:], np.arange(32)) == pytest.approx((0.75, 32))
+    assert balanced_accuracy(right, groups, np.arange(40) // 2)[1] == pytest.approx(faces / 2)
+
+
+def test_interval_in_log_odds():
+    draws = np.array([np.nan, 0.8, 0.9, 0.8, 0.9])  # a deviation of half the way from one to the other
+    low, high = np.log(0.8 / 0.2), np.log(0.9 / 0.1)
+    expected = np.log(0.84 / 0.16) + 1.959964 * (high - low) / 2 * np.array([-1, 1])
+    assert logit_interval(0.84, draws) == pytest.approx((1 / (1 + np.exp(-expected))).tolist())
+    assert logit_interval(1, np.ones(5)) == pytest.approx([1, 1])
+
+
 def test_bootstrap_draws_near_duplicates_together():
     weights = resample(np.array([7, 3, 7, 5]), 300)
     assert weights.shape == (300, 4) and (weights[:, 0] == weights[:, 2]).all()
     assert (weights[:, [0, 1, 3]].sum(axis=1) == 3).all()  # as many clusters as there are
     assert (weights[:, 0] != weights[:, 1]).any() and (weights == resample(np.array([7, 3, 7, 5]), 300)).all()
+    assert (weights != resample(np.array([7, 3, 7, 5]), 300, seed=1)).any()
 
 
 def test_p_value_of_a_gap_is_the_permutation_test_of_scipy():
@@ -106,33 +136,47 @@ def test_p_value_of_a_gap_is_the_permutation_test_of_scipy():
     assert many < 0.01 and as_one == pytest.approx(exact.pvalue, abs=0.05)  # copies add no evidence
 
 
+def answered(faces, chances, years=None, low=None, high=None, **marks):
+    """An evaluation of a model that answers faces, of pixels nobody sees, with chances (N, 6) and years."""
+    n, none = len(faces), np.zeros(len(faces), bool)
+    ages = [None if x is None else torch.tensor(x, dtype=torch.float32) for x in (years, low, high)]
+    scores = Scores(torch.tensor(chances).clamp(min=1e-9).log(), *ages, None, None)
+    held = {"clusters": np.arange(n), "learned": none, "selected_on": none, "leaked": none} | marks
+    checkpoint = {"config": {}, "pretraining": {}}
+    return Evaluation(
+        Path("m.pt"), checkpoint, Path("test"), faces, scores, **held, across_groups=0, unseen=0
+    )
+
+
 def test_a_gap_is_among_large_subgroups_alone():
     """The forty who are always wrong are too few to be compared, so the two that are left are alike."""
     faces = [Face(str(i), 30, 0, race) for i, race in enumerate([0] * 120 + [1] * 120 + [2] * 40)]
-    right = np.array([True, False] * 120 + [False] * 40)
-    groups = np.full(280, 3)
-    scored = SimpleNamespace(
-        faces=faces, groups=groups, predicted=np.where(right, 3, 2), right=right, clusters=np.arange(280)
-    )
-    rows, gaps = score_subgroups(scored, resample(scored.clusters, 20))
-    assert [(gap["by"], gap["difference"], gap["p"]) for gap in gaps if gap["by"] == "race"] == [
-        ("race", 0, 1)
-    ]
+    guesses = np.where([True, False] * 120 + [False] * 40, 3, 2)
+    rows, gaps = score_subgroups(answered(faces, np.eye(6)[guesses]))
+    [gap] = [gap for gap in gaps if gap["by"] == "race"]
+    assert (gap["difference"], gap["p"]) == (0, 1)
     assert [row["small"] for row in rows if row["by"] == "race"] == [0, 0, 1]
 
 
 def test_calibration_error_and_what_a_perfect_model_would_show():
     confidence = np.repeat([0.9, 0.5], 4)  # half right at 0.9, and all right at 0.5: (0.4 + 0.5) / 2
     assert calibration_error(confidence, np.array([1, 1, 0, 0, 1, 1, 1, 1])) == pytest.approx(0.45)
-    found = measure_calibration(np.array([0.5]), np.array([True]))
+    found = measure_calibration(np.array([0.5]), np.array([True]), np.arange(1))
     perfect = {"mean": pytest.approx(0.5), "range95": pytest.approx([0.5, 0.5])}
     assert found == {"expected_calibration_error": 0.5, "calibration_error_if_perfect": perfect}
-    rng = np.random.default_rng(0)
-    confidence = rng.uniform(0.4, 1, 2000)
-    for factor, inside in ((1, True), (0.9, False)):
-        error, perfect = measure_calibration(confidence, rng.random(2000) < factor * confidence).values()
-        assert (perfect["range95"][0] <= error <= perfect["range95"][1]) == inside
-        assert 0.005 < perfect["range95"][0] < perfect["mean"] < perfect["range95"][1] < 0.05
+    rng, widths = np.random.default_rng(0), []
+    confidence = rng.uniform(0.4, 1, 1000).repeat(2)  # each face and a copy of it
+    for clusters, factor, inside in (
+        (np.arange(2000), 1, True),
+        (np.arange(2000), 0.9, False),
+        (np.arange(2000) // 2, 1, True),
+    ):
+        right = rng.random(clusters.max() + 1)[clusters] < factor * confidence
+        error, perfect = measure_calibration(confidence, right, clusters).values()
+        low, high = perfect["range95"]
+        assert (low <= error <= high) == inside and 0.005 < low < perfect["mean"] < high < 0.06
+        widths.append(perfect["mean"])
+    assert widths[2] == pytest.approx(2**0.5 * widths[0], rel=0.1)  # copies count once
 
 
 def test_split_table_as_written_and_as_a_spreadsheet_saves_it(tmp_path, cli, refuse):
@@ -162,7 +206,9 @@ def untrained(path, seed=0, **content):
     config = {"image_size": 32, "seed": seed, "multitask": True, "age_sigma": 2.0, "init": "random"}
     config |= {"lr_strategy": "uniform", "data": "d", "lr": 1e-3}
     held = {"train_hashes": torch.empty(0, dtype=torch.int64), "pretraining": {}}
-    held |= {key: content.pop(key) for key in list(content) if "hashes" in key or key == "pretraining"}
+    held |= {
+        key: content.pop(key) for key in list(content) if key.endswith(("_hashes", "_groups", "pretraining"))
+    }
     args = SimpleNamespace(**config | content)
     weights = MultitaskResNet18(multitask=args.multitask, by_year=args.age_sigma > 0).state_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,15 +253,8 @@ def scores(known, monkeypatch):
         chances[torch.arange(len(stems)), guessed] = sure
         chances[torch.arange(len(stems)), (guessed + 1) % 3] = 1 - sure
         years = torch.where(right, 33.0, 38.5)
-        full = (len(stems),)
-        return Scores(
-            chances.log(),
-            years,
-            years - 5,
-            years + 5,
-            torch.full(full, 0.5).double(),
-            torch.full(full, 0.75).double(),
-        )
+        overlaps = torch.tensor([[0.5, 0.75]]).double().expand(len(stems), 2)
+        return Scores(chances.log(), years, years - 3, years + 6, *overlaps.T)
 
     monkeypatch.setattr(evaluate, "score_dataset", answer)
     return confidence
@@ -224,8 +263,9 @@ def scores(known, monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Leaves out what takes most of the time."""
+    figure = SimpleNamespace(savefig=lambda *_, **__: None)
     for name in PNGS:
-        monkeypatch.setattr(evaluate, f"plot_{name}", lambda *_: None)
+        monkeypatch.setattr(evaluate, f"plot_{name}", lambda _: figure)
 
 
 def read_csv(path):
@@ -233,11 +273,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, cli, monkeypatch):
-    drawn = []
-    real = evaluate.read_image
-    monkeypatch.setattr(evaluate, "read_image", lambda path: drawn.append(path.name) or real(path))
-    monkeypatch.setattr(evaluate, "save_figure", lambda *_: None)
+def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, cli, no_figures):
     model = untrained(tmp_path / "m.pt")
     code, out, err = cli("evaluate", model, "--data", known.data, "--out", tmp_path / "r", *CPU)
     assert (code, err) == (0, "")
@@ -251,6 +287,7 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
             ends = row[f"{metric}_low"], row[f"{metric}_high"]
             assert ends == pytest.approx((expected.low, expected.high), abs=1e-5)
         assert row["within_one_group"] == (race != "Black") and row["p_no_gap"] < 0.01
+        assert (row["range_coverage"], row["range_width"]) == (row["accuracy"], 9)
     right = [known.right[stem] for stem in known.right]
     for gender in (0, 1):
         own = [hit for stem, hit in known.right.items() if stem.split("_")[1] == str(gender)]
@@ -267,7 +304,11 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
     off = np.where(right, 3, 8.5)
     assert summary["mae_years"]["value"] == pytest.approx(off.mean(), abs=1e-6)
     assert summary["mae_years"]["ci95"][0] < off.mean() < summary["mae_years"]["ci95"][1] < off.mean() + 0.5
-    assert summary["within_five_years"] == {**summary["accuracy"]}  # those that are right are 3 years off
+    # Those that are right are 3 years off, and in the first year of their range, others before theirs.
+    assert summary["within_five_years"] == summary["range_coverage"] == summary["accuracy"]
+    assert summary["range_width"] == {"value": 9, "ci95": [9, 9]}
+    coverage = summary["range_coverage"]["value"]
+    assert summary["range_by_group"] == {"Young Adult": {"coverage": coverage, "width": 9}}
     assert f"{'mean absolute error in years':34}{off.mean():7.2f}  [" in out
     assert summary["widest_gaps"][1]["difference"] == pytest.approx(100 / 110 - 0.6, abs=1e-6)
     assert summary["effective_n"] == summary["n"] == 280
@@ -276,15 +317,14 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
     assert floor["range95"][1] < summary["expected_calibration_error"] > 0.1  # it grows surer, and not better
 
     rows = {row["file"]: row for row in read_csv(tmp_path / "r/predictions.csv")}
-    assert list(next(iter(rows.values())))[:5] == ["file", "age", "true", "predicted", "predicted_age"]
+    columns = ["file", "age", "true", "predicted", "predicted_age", "age_low", "age_high"]
+    assert list(next(iter(rows.values()))) == columns + [f"p{group}" for group in range(6)]
     for stem, hit in known.right.items():
         row = rows[f"{stem}_image.png"]
-        assert (row["predicted"] == row["true"]) == hit and row["predicted_age"] == (
-            "33.0" if hit else "38.5"
-        )
+        assert (row["predicted"] == row["true"]) == hit
+        years = ("33.0", "30.0", "39.0") if hit else ("38.5", "35.5", "44.5")
+        assert (row["predicted_age"], row["age_low"], row["age_high"]) == years
         assert float(row[f"p{row['predicted']}"]) == pytest.approx(scores[stem], abs=1e-5)
-    wrong = sorted((stem for stem, hit in known.right.items() if not hit), key=scores.get, reverse=True)
-    assert drawn == [f"{stem}_image.png" for stem in wrong[:40]]
 
 
 def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(known, scores, tmp_path, cli, no_figures):
@@ -304,6 +344,9 @@ def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(known, scores,
     assert (low, high) == pytest.approx(wilson(summary["accuracy"]["value"], 28), abs=1e-5)
     low, high = summary["mae_years"]["ci95"]
     assert high - low > 1.5  # 0.6 of single faces
+    [row] = [row for row in read_csv(tmp_path / "r/subgroups.csv") if row["subgroup"] == "Asian"]
+    ends = [float(row["accuracy_low"]), float(row["accuracy_high"])]
+    assert ends == pytest.approx(wilson(100 / 110, 11), abs=1e-5)
     right = np.array([known.right[stem] for stem in stems])
     leaked = np.isin(np.arange(280) // 10, [0, 3])
     leaks = summary["near_duplicates_in_train"]
@@ -313,7 +356,8 @@ def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(known, scores,
         "accuracy_of_the_rest": pytest.approx(right[~leaked].mean()),
     }
     rest = leaks["accuracy_of_the_rest"]
-    assert f"20 faces have a near-duplicate in train: accuracy 50.00% on them, {rest:.2%} on the rest" in out
+    accuracies = f"accuracy 50.00% on them, {rest:.2%} on the rest"
+    assert f"20 faces have a near-duplicate that the model has learned from: {accuracies}" in out
 
 
 def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_path, cli, refuse, no_figures):
@@ -336,7 +380,7 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
     assert (summary["seen_in_training"], summary["chose_the_epoch"], summary["n"]) == (5, 7, 280)
 
     code, out, err = cli("evaluate", *flags, "--unseen")
-    assert (code, err) == (0, "") and "15 of 280 faces left out" in out
+    assert (code, err) == (0, "") and "left out by --unseen, near-duplicates included: 15\n" in out
     kept = [row["file"] for row in read_csv(tmp_path / "r/predictions.csv")]
     assert sorted(kept) == sorted(
         f"{stem}_image.png" for i, stem in enumerate(stems) if 12 <= i not in (20, 21, 22)
@@ -344,12 +388,105 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
     summary = json.loads((tmp_path / "r/metrics.json").read_text())
     assert (summary["left_out_by_unseen"], summary["seen_in_training"], summary["n"]) == (15, 0, 265)
     assert summary["near_duplicates_in_train"]["n"] == 0
-    untrained(model, final=True)  # has learned from val, too
-    assert cli("evaluate", *flags)[0] == 0
-    summary = json.loads((tmp_path / "r/metrics.json").read_text())
-    assert summary["near_duplicates_in_train"]["n"] == 1
+    for content in ({"final": True}, {"pretraining": {"final": True}}):  # has learned from val, too
+        untrained(model, **content)
+        assert cli("evaluate", *flags)[0] == 0
+        summary = json.loads((tmp_path / "r/metrics.json").read_text())
+        assert summary["near_duplicates_in_train"]["n"] == 1
     untrained(model, train_hashes=hashes)
     refuse("evaluate", *flags, "--unseen", words=["--unseen", "0 of 280 faces"])
+
+
+def test_unseen_faces_keep_their_own_images_ages_and_masks(tmp_path):
+    rng, data = np.random.default_rng(0), tmp_path / "d/test"
+    for i, age in enumerate([3, 70, 30, 50, 10, 20, 66, 40]):
+        image, mask = rng.integers(0, 256, (32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
+        mask[: 3 * i + 4] = 255
+        write_pair(data, f"{age}_0_0_{i}", cv2.blur(image, (5, 5)), mask)
+    learned = FaceDataset(data, 32).hashes[[1, 2, 6]]
+    path, cpu = untrained(tmp_path / "m.pt", train_hashes=learned), torch.device("cpu")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["weights"]["decoder.predict.bias"] += 9  # so that all is face
+    torch.save(checkpoint, path)
+    everyone, unseen = (score_model(path, data, cpu, torch.float32, unseen=flag) for flag in (False, True))
+    kept = ~everyone.learned
+    assert kept.sum() == len(unseen.faces) == 5 and unseen.unseen == 3
+    assert unseen.faces == [face for face, keep in zip(everyone.faces, kept) if keep]
+    assert np.abs(unseen.probabilities - everyone.probabilities[kept]).max() < 1e-5
+    for name, values in everyone.per_face.items():
+        assert unseen.per_face[name] == pytest.approx(values[kept], abs=1e-4), name
+    assert (
+        len(np.unique(everyone.per_face["mask_iou"])) == len(np.unique(everyone.per_face["mae_years"])) == 8
+    )
+
+
+def test_figures_show_what_was_measured(monkeypatch):
+    faces = [Face(str(i), age, 0, 0) for i, age in enumerate([30] * 6 + [2] * 6)]
+    guesses, sure = np.array([3, 3, 3, 3, 0, 5] + [0] * 6), np.array([0.9] * 4 + [0.92, 0.9] + [0.62] * 6)
+    chances = np.eye(6)[guesses] * sure[:, None] + 1e-9
+    chances[:, 4] = 1 - sure
+    e = answered(faces, chances)
+    measure(e, 0)
+    matrix = evaluate.plot_confusion_matrix(e).axes[0]
+    assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted", "true")
+    counts = {text.get_position(): text.get_text() for text in matrix.texts}
+    assert (counts[0, 3], counts[3, 0], counts[3, 3]) == ("1\n16.7%", "0\n0.0%", "4\n66.7%")  # column, row
+
+    top, bottom = evaluate.plot_reliability(e).axes
+    assert (bottom.get_xlabel()[:10], top.get_ylabel()) == ("confidence", "accuracy")
+    assert top.lines[1].get_xydata() == pytest.approx(np.array([[0.62, 1], [5.42 / 6, 4 / 6]]), abs=1e-6)
+    assert bottom.patches[0].get_data().values.tolist() == [0] * 9 + [6] + [0] * 3 + [6, 0]
+
+    axis, *others = evaluate.plot_subgroups(e).axes
+    assert len(others) == 2 and [label.get_text() for label in axis.get_yticklabels()][:3] == [
+        "Infant (6, small)", "Young Adult (6, small)", "male (12, small)"
+    ]  # fmt: skip
+    assert axis.collections[1].get_offsets().data[:3] == pytest.approx(
+        np.array([[1, 0], [4 / 6, 1], [10 / 12, 2]])
+    )
+    assert axis.collections[0].get_segments()[1][:, 0] == pytest.approx(wilson(4 / 6, 6), abs=1e-6)
+
+    shown = []
+    monkeypatch.setattr(evaluate, "read_image", lambda path: shown.append(path.name) or np.zeros((9, 9, 3)))
+    axes = evaluate.plot_mistakes(e, count=1).axes
+    assert shown == ["4_image.png"]
+    assert axes[0].get_title() == "Young Adult (30)\ntaken for Infant\n92% sure"
+
+
+def test_own_faces_with_unknown_labels_and_ranges_of_years(tmp_path, cli, no_figures):
+    """Known and unknown gender and race; ages with decimals, in a range within a group, and across two."""
+    stems = ["31.6_0_1_a", "50-59_x_2_b", "3-9_1_2_c", "8_1_x_d"]
+    for i, stem in enumerate(stems):
+        write_pair(tmp_path / "d/test", stem, np.full((20, 20, 3), 50 * i, np.uint8))
+    flags = ["--data", tmp_path / "d", "--out", tmp_path / "r", *CPU]
+    code, out, _ = cli("evaluate", untrained(tmp_path / "m.pt"), *flags)
+    summary = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert code == 0 and (summary["n"], summary["left_out_across_groups"]) == (3, 1)
+    assert (summary["unknown_gender"], summary["unknown_race"], summary["ages_in_ranges"]) == (1, 1, 1)
+    assert "the range of ages crosses groups: 1\n" in out and "gender, since it is unknown: 1\n" in out
+    rows = read_csv(tmp_path / "r/predictions.csv")
+    assert [(row["age"], row["true"]) for row in rows] == [("31.6", "3"), ("54.5", "4"), ("8", "1")]
+    counts = [(row["subgroup"], row["n"]) for row in read_csv(tmp_path / "r/subgroups.csv")]
+    assert counts[3:] == [
+        ("male", "1"),
+        ("female", "1"),
+        ("Black", "1"),
+        ("Asian", "1"),
+        ("Black, male", "1"),
+    ]
+    for stem in stems[:2] + stems[3:]:
+        (tmp_path / f"d/test/{stem}_image.png").unlink()
+    code, _, err = cli("evaluate", tmp_path / "m.pt", *flags)
+    assert code == 2 and "0 of 1 faces" in err and "crosses groups" in err
+
+
+def test_errors_in_years_of_ranges_and_of_decimals():
+    faces = [Face("a", 54.5, spread=4.5), Face("b", 31.4), Face("c", 31.6), Face("d", 116)]
+    e = answered(faces, np.eye(6)[[4, 3, 3, 5]], [62, 31, 35, 95], [55, 29, 29, 90], [70, 31, 31, 100])
+    assert e.per_face["mae_years"] == pytest.approx([3, 0.4, 3.4, 21])
+    assert e.per_face["within_five_years"].tolist() == [1, 1, 1, 0] and "range_coverage" not in e.per_face
+    e = answered(faces[1:], np.eye(6)[[3, 3, 5]], [31, 35, 95], [29, 29, 90], [31, 31, 100])
+    assert e.per_face["range_coverage"].tolist() == [1, 0, 1]  # 31.6 counts as 32, 116 as 100 or more
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -357,66 +494,67 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_a_trained_model_and_knows_what_its_backbone_was_pretrained_on(
-    drawn, tmp_path, cli, monkeypatch
-):
-    noise_pairs(tmp_path / "noise/train", [30] * 16)
-    small = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, *CPU]
-    contrastive, model, data = tmp_path / "c.pt", tmp_path / "m.pt", drawn / "dataset/processed_split"
-    assert cli("pretrain", "--data", tmp_path / "noise", "--out", contrastive, *small)[0] == 0
-    flags = ["--data", data, "--init", contrastive, "--out", model, "--multitask", *small]
-    assert cli("finetune", *flags)[0] == 0
-    with monkeypatch.context() as quick:
-        quick.setattr(evaluate, "write_results", lambda *_: None)
-        flags = [model, "--data", tmp_path / "noise", "--split", "train", "--out", tmp_path / "r", *CPU]
-        code, _, err = cli("evaluate", *flags)
-        assert code == 0 and "was trained on 16 of these 16 faces" in err
-        code, _, err = cli("evaluate", model, "--data", data, "--split", "val", "--out", tmp_path / "r", *CPU)
-        assert code == 0 and "had its epoch selected on" in err
-    code, out, err = cli("evaluate", model, "--data", data, "--out", tmp_path / "r", *CPU)
-    assert (code, err) == (0, "") and "* fewer than 100 faces" in out
+def test_writes_every_file_before_it_prints(tmp_path, cli, monkeypatch):
+    noise_pairs(tmp_path / "d/test", [2, 10, 20, 30, 50, 70] * 3)
+    model, flags = untrained(tmp_path / "m.pt"), ["--data", tmp_path / "d", *CPU]
+
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        cli("evaluate", model, *flags, "--out", tmp_path / "r")
+    monkeypatch.undo()
     files = {f"{name}.png" for name in PNGS} | {"metrics.json", "predictions.csv", "subgroups.csv"}
     assert {path.name for path in (tmp_path / "r").iterdir()} == files
-    summary = json.loads((tmp_path / "r/metrics.json").read_text())
-    rows = read_csv(tmp_path / "r/predictions.csv")
-    assert sorted(row["file"] for row in rows) == sorted(p.name for p in (data / "test").glob("*_image.png"))
-    for row in rows:
-        probabilities = [float(row[f"p{group}"]) for group in range(6)]
-        assert sum(probabilities) == pytest.approx(1, abs=1e-4) and 0 <= float(row["predicted_age"]) <= 100
-        assert int(row["predicted"]) == int(np.argmax(probabilities))
-    accuracy = np.mean([row["true"] == row["predicted"] for row in rows])
-    assert summary["accuracy"]["value"] == pytest.approx(accuracy, abs=1e-6) and summary["n"] == len(rows)
-    for name in (
-        "accuracy",
-        "balanced_accuracy",
-        "f1_macro",
-        "auc_macro_ovr",
-        "mask_iou",
-        "within_five_years",
-    ):
-        low, high = summary[name]["ci95"]
-        assert 0 <= low <= summary[name]["value"] <= high <= 1
-    subgroups = read_csv(tmp_path / "r/subgroups.csv")
-    for by in ("age group", "gender", "race", "race and gender"):
-        assert sum(int(row["n"]) for row in subgroups if row["by"] == by) == len(rows)
     for name in PNGS:
         assert cv2.imread(str(tmp_path / f"r/{name}.png")).shape[0] > 400
+    summary = json.loads((tmp_path / "r/metrics.json").read_text())
+    rows = read_csv(tmp_path / "r/predictions.csv")
+    for row in rows:
+        probabilities = [float(row[f"p{group}"]) for group in range(6)]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+        assert int(row["predicted"]) == int(np.argmax(probabilities))
+        assert 0 <= float(row["age_low"]) <= float(row["predicted_age"]) <= float(row["age_high"]) <= 100
+    accuracy = np.mean([row["true"] == row["predicted"] for row in rows])
+    assert summary["accuracy"]["value"] == pytest.approx(accuracy, abs=1e-6) and summary["n"] == len(rows)
+    for name in evaluate.METRICS:
+        value, (low, high) = summary[name].values()
+        assert 0 <= low <= value <= high and (name in evaluate.IN_YEARS or high <= 1)
+
+    monkeypatch.setattr(evaluate.Figure, "savefig", lambda *_, **__: None)
+    assert cli("evaluate", model, *flags, "--out", tmp_path / "s", "--seed", 1)[0] == 0
+    other = json.loads((tmp_path / "s/metrics.json").read_text())
+    for name in ("auc_macro_ovr", "mae_years"):  # other draws, of the same answers
+        assert other[name]["value"] == summary[name]["value"] and other[name]["ci95"] != summary[name]["ci95"]
+    assert other["calibration_error_if_perfect"] != summary["calibration_error_if_perfect"]
 
 
-def test_absent_classes_are_named_and_a_model_of_groups_tells_no_age(tmp_path, cli, no_figures):
-    model = untrained(tmp_path / "m.pt", multitask=False, age_sigma=0)
+def test_groups_absent_from_the_truth_or_the_training_are_named(tmp_path, cli, no_figures):
+    model = untrained(tmp_path / "m.pt", multitask=False, age_sigma=0, missing_groups=["Infant", "Child"])
     for ages, auc in (([30] * 3 + [50] * 3, True), ([30] * 3, False)):
         shutil.rmtree(tmp_path / "d", ignore_errors=True)
         noise_pairs(tmp_path / "d/test", ages)
         code, out, _ = cli("evaluate", model, "--data", tmp_path / "d", "--out", tmp_path / "r", *CPU)
-        summary = json.loads((tmp_path / "r/metrics.json").read_text())
-        absent = [
-            name for name in GROUP_NAMES if not (name == "Young Adult" or (auc and name == "Middle-aged"))
-        ]
+        summary, rows = json.loads((tmp_path / "r/metrics.json").read_text()), []
+        rows = read_csv(tmp_path / "r/predictions.csv")
+        present = ["Young Adult", "Middle-aged"][: 1 + auc]
+        absent = [name for name in GROUP_NAMES if name not in present]
         assert code == 0 and summary["absent_classes"] == absent and ", ".join(absent) in out
         assert (summary["auc_macro_ovr"]["value"] is not None) == auc
-    assert "mae_years" not in summary and "mask_iou" not in summary
-    assert "predicted_age" not in read_csv(tmp_path / "r/predictions.csv")[0]
+        guessed = {GROUP_NAMES[int(row["predicted"])] for row in rows}
+        both = [name for name in GROUP_NAMES if name in {*present, *guessed}]
+        assert f"F1 and precision average over: {', '.join(both)}\n" in out and guessed - {*present}
+        assert summary["classes_never_learned"] == ["Infant", "Child"]
+        assert "the model was trained without: Infant, Child\n" in out
+    assert "mae_years" not in summary and "mask_iou" not in summary and "range_coverage" not in summary
+    assert "predicted_age" not in rows[0]
+
+
+def test_draws_although_a_notebook_named_a_backend_that_is_not_here():
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [sys.executable, "-c", "import evaluate; evaluate.Figure().savefig('/dev/null', format='png')"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
 def test_bad_input(tmp_path, cli, refuse):

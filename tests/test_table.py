@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,86 +8,91 @@ import pytest
 import torch
 from scipy import stats
 
-import evaluate
 import table
-from cli import run
-from common import load_checkpoint
+from cli import parse_args
+from common import MultitaskResNet18, load_checkpoint, save_checkpoint
 from conftest import noise_pairs
 from evaluate import METRICS
-from table import compare, group_by_configuration
-from test_evaluate import PNGS, untrained
+from table import compare, format_difference, group_by_configuration, make_table
+from test_evaluate import no_figures, untrained
 
+__all__ = ["no_figures"]  # a fixture
 FLAGS = ["--device", "cpu", "--workers", 0]
-CONFIG = """
-pretrain: {epochs: 1, image-size: 32, batch-size: 16}
-finetune: {epochs: 1, image-size: 32, batch-size: 16}
-"""
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    for name in PNGS:
-        monkeypatch.setattr(evaluate, f"plot_{name}", lambda *_: None)
+# ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Runs the stages in this process, where each would cost seconds of imports; collects their names."""
+    """Has the stages write checkpoints without training; collects their names and arguments.
+
+    Pretraining by age and the uniform row from random weights fail.
+    """
     made = []
+    none = torch.empty(0, dtype=torch.int64)
 
     def call(script, *flags):
-        module = __import__(script)
-        made.append((script, module.get_parser().parse_args([str(flag) for flag in flags]).out))
-        try:
-            run(module.main, module.get_parser(), [str(flag) for flag in flags])
-        except SystemExit:
+        args = parse_args(__import__(script).get_parser(), [str(flag) for flag in flags])
+        made.append((script, args))
+        if "random-uniform" in args.out or "age" in Path(args.out).stem:
             return f"{script}.py: error: it failed"
+        held = {"train_hashes": none, "pretraining": {}}
+        if script == "pretrain":
+            save_checkpoint(args.out, "contrastive", args, weights={}, **held)
+            return None
+        if str(args.init).endswith(".pt"):
+            held["pretraining"] = load_checkpoint(args.init, "contrastive")["config"]
+        weights = MultitaskResNet18(multitask=args.multitask, by_year=True).state_dict()
+        save_checkpoint(args.out, "model", args, weights=weights, **held)
+        return None
 
     monkeypatch.setattr(table, "call", call)
     return made
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-
-
-def test_trains_a_row_for_each_choice_and_reports_what_fails(drawn, tmp_path, cli, calls, no_network):
-    (tmp_path / "c.yaml").write_text(CONFIG)
-    flags = ["--data", drawn / "dataset/processed_split", "--config", tmp_path / "c.yaml", *FLAGS]
-    flags += ["--weights", "imagenet", "rank", "age", "--tasks", "multitask"]
-    flags += ["--lr-strategies", "differentiated"]
-    (tmp_path / "table/contrastive-age-seed3.pt").mkdir(parents=True)  # so that pretraining by age fails
-    code, out, _ = cli("table", *flags, "--seeds", 3, cwd=tmp_path)
-    assert code == 1 and "1 models, 2 not trained" in out.splitlines()[-1]
-    assert [script for script, _ in calls] == ["pretrain", "pretrain", "finetune", "finetune"]
+def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, calls, no_figures):
+    noise_pairs(tmp_path / "d/test", [10, 30, 50, 70])
+    (tmp_path / "c.yaml").write_text(
+        "pretrain: {image-size: 32, epochs: 7}\nfinetune: {image-size: 32, lr: 0.5}\n"
+    )
+    flags = ["--data", "d", "--config", "c.yaml", "--device", "cpu", "--workers", 0, "--precision", "bf16"]
+    flags += ["--weights", "random", "rank", "age", "--tasks", "multitask", "--seeds", 3, 4]
+    code, out, _ = cli("table", *flags, cwd=tmp_path)
+    assert code == 1 and "6 models, 6 not trained" in out.splitlines()[-1]
     text = (tmp_path / "results/table.md").read_text()
-    assert "| differentiated | multitask | contrastive (rank) |" in text
-    assert "Not trained: multitask-imagenet-differentiated-seed3 (finetune.py: error: it failed)" in text
-    assert "Not trained: multitask-age-differentiated-seed3 (pretrain.py: error: it failed)" in text
-    path = tmp_path / "table/multitask-rank-differentiated-seed3.pt"
-    pretrained = load_checkpoint(tmp_path / "table/contrastive-rank-seed3.pt", "contrastive")
-    assert pretrained["config"]["positives"] == "rank"
-    checkpoint = load_checkpoint(path, "model")
-    assert checkpoint["pretraining"] == pretrained["config"]
-    config = [checkpoint["config"][key] for key in ("seed", "epochs", "multitask", "lr_strategy")]
-    assert config == [3, 1, True, "differentiated"]
-    assert json.loads((tmp_path / f"results/{path.stem}/metrics.json").read_text())
-    assert len(table.get_parser().parse_args([]).weights) == 5
+    for seed in (3, 4):
+        for name, script in (
+            ("random-uniform", "finetune"), ("age-uniform", "pretrain"), ("age-differentiated", "pretrain")
+        ):  # fmt: skip
+            assert f"Not trained: multitask-{name}-seed{seed} ({script}.py: error: it failed)\n" in text
+    rows = read_table(tmp_path / "results/table.md", "LR strategy")
+    assert [(row["LR strategy"], row["Pretrained weights"], row["Seeds"]) for row in rows] == [
+        ("differentiated", "random", "3, 4"),
+        ("uniform", "contrastive (rank)", "3, 4"),
+        ("differentiated", "contrastive (rank)", "3, 4"),
+    ]
+    assert "epochs 7" in text and "lr 0.5" in text
+    assert [script for script, _ in calls] == 2 * [*["pretrain"] * 2, *["finetune"] * 4]
+    for script, args in calls:
+        assert (args.data, args.device, args.workers, args.precision) == ("d", "cpu", 0, "bf16")
+        assert args.resume and not args.overwrite and args.image_size == 32
+        assert args.seed == int(Path(args.out).stem[-1]) and script in ("pretrain", "finetune")
+    trained = {Path(args.out).stem: args for _, args in calls}
+    args = trained["multitask-rank-differentiated-seed4"]
+    assert (args.init, args.multitask) == ("table/contrastive-rank-seed4.pt", True)
+    assert args.lr_strategy == "differentiated" and trained["contrastive-rank-seed3"].positives == "rank"
+    assert json.loads((tmp_path / "results/multitask-rank-uniform-seed3/metrics.json").read_text())["n"] == 4
 
-    code, out, _ = cli("table", *flags, "--seeds", 3, cwd=tmp_path)  # done: nothing is trained
-    assert code == 1 and "resumed" in out and "epoch 1/1" not in out
-    after = load_checkpoint(path, "model")["weights"]
-    assert all(torch.equal(checkpoint["weights"][key], after[key]) for key in after)
 
-
-def test_a_failed_pretraining_takes_its_rows_with_it(tmp_path, cli, calls, refuse):
-    code, _, err = cli("table", "--data", tmp_path / "none", "--seeds", 0, *FLAGS, cwd=tmp_path)
-    assert code == 2 and err.splitlines()[-1].startswith("table.py: error: no row was trained")
+def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls, refuse, monkeypatch):
+    monkeypatch.setattr(table, "call", lambda script, *flags: calls.append((script, flags)) or "no face")
+    code, _, err = cli("table", "--seeds", 0, "--overwrite", *FLAGS, cwd=tmp_path)
+    assert code == 2 and err == "table.py: error: no row was trained: no face\n"
     assert [script for script, _ in calls] == [*["pretrain"] * 3, *["finetune"] * 8]
+    assert all("--overwrite" in flags and "--resume" not in flags for _, flags in calls)
     refuse("table", "--weights", "view", "none", words=["--weights"], cwd=tmp_path)
     refuse("table", "--seeds", -1, words=["--seeds"], cwd=tmp_path)
 
@@ -137,12 +143,21 @@ def test_with_three_seeds_the_interval_is_students_t_and_for_other_seeds():
     assert width(seeds(first, faces), seeds(second, faces)) == pytest.approx(
         narrow
     )  # the same for both sides
-    noise = rng.normal(0, 0.005, (2, 4, 1000))  # each seed's own: the values over seeds hold it already
-    assert width(seeds(first, noise[0]), seeds(second, noise[1])) == pytest.approx(narrow, rel=0.05)
+    noise = rng.normal(0, 0.01, (2, 4, 1000))  # each seed's own: the values over seeds hold it already
+    assert width(seeds(first, noise[0]), seeds(second, noise[1])) == pytest.approx(narrow, rel=0.03)
     alike = np.full(4, 0.7)
-    assert width(seeds(alike, faces), seeds(alike, still)) == pytest.approx(
-        2 * 1.96 * faces[0].std(), rel=0.01
-    )
+    least = 2 * 1.96 * (noise[0].mean(axis=0) - noise[1].mean(axis=0)).std()  # what faces alone give
+    assert width(seeds(alike, noise[0]), seeds(alike, noise[1])) == pytest.approx(least, rel=0.01)
+    still_wider = width(seeds(alike, faces), seeds(alike, still))
+    assert still_wider == pytest.approx(2 * 1.96 * faces[0].std(), rel=0.01)
+
+
+def test_ends_near_zero_get_a_second_decimal():
+    assert format_difference(0.0131, [-0.012, 0.038]) == "+1.3 [-1.2, +3.8]"
+    assert format_difference(0.0031, [0.0003, 0.0062]) == "+0.31 [+0.03, +0.62]"
+    assert format_difference(-0.0031, [-0.0062, -0.0004]) == "-0.31 [-0.62, -0.04]"
+    assert format_difference(0.0, [0.0, 0.0]) == "+0.0 [+0.0, +0.0]"
+    assert format_difference(np.nan, [0, 0]) == "–"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -185,7 +200,43 @@ def read_table(path, header):
     return rows
 
 
-def test_scores_models_and_groups_them(tmp_path, cli, refuse):
+def scored(strategy, seed, accuracy, **settings):
+    """A model of which all COMPARED metrics and the error in years are known, or NaN."""
+    config = {"lr_strategy": strategy, "seed": seed, "init": "random", **settings}
+    metrics = dict.fromkeys(table.COMPARED, accuracy) | {"mae_years": 10 * accuracy}
+    draws = {name: accuracy + np.linspace(-0.02, 0.02, 100) for name in metrics}
+    summary = {name: {"ci95": [value - 0.02, value + 0.03]} for name, value in metrics.items()}
+    checkpoint = {"config": config, "pretraining": {}}
+    values = {"metrics": metrics, "draws": draws, "summary": summary, "checkpoint": checkpoint}
+    return SimpleNamespace(path=f"{strategy}{seed}.pt", faces=[None] * 9, **values)
+
+
+def test_table_and_differences_of_known_models(capsys, tmp_path):
+    many = [scored("uniform", seed, 0.7 + seed / 100) for seed in (2, 0, 1)]
+    many += [scored("differentiated", seed, 0.75 + seed / 100) for seed in (0, 1, 2)]
+    many += [scored("uniform", 0, np.nan, lr=0.1)]
+    (tmp_path / "t.md").write_text(make_table(many, "d/test"))
+    first, second, third = read_table(tmp_path / "t.md", "LR strategy")
+    assert (first["LR strategy"], first["Seeds"], first["Other settings"]) == ("uniform", "0, 1, 2", "lr off")
+    assert first["accuracy (micro)"] == "71.0 ± 1.0" and first[METRICS["mae_years"]] == "7.1 ± 0.1"
+    assert second["accuracy (micro)"] == "76.0 ± 1.0" and third["accuracy (micro)"] == "–"
+    one, other = read_table(
+        tmp_path / "t.md", "Difference"
+    )  # uniform, lr 0.1 differs from differentiated twice
+    assert (one["Difference"], one["Holds for"]) == ("differentiated − uniform", "other seeds")
+    half = 100 * stats.t.ppf(0.975, 4) * (2 * 0.01**2 / 3) ** 0.5
+    assert one["accuracy (micro)"] == f"+5.0 [{5 - half:+.1f}, {5 + half:+.1f}]"
+    assert (other["Difference"], other["Where"]) == ("lr 0.1 − lr off", "uniform, classification, random")
+    assert other["accuracy (micro)"] == "–" and other["Holds for"] == "these trained models only"
+    alone = make_table([scored("uniform", 0, 0.7), scored("uniform", 0, 0.8)], "d")
+    assert (
+        "two of them alike: uniform0.pt, uniform0.pt" in capsys.readouterr().err
+        and "Differences" not in alone
+    )
+    assert "| 70.0 [68.0, 73.0] |" in make_table(many[1:2], "d")
+
+
+def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures):
     noise_pairs(tmp_path / "d/val", [2, 10, 20, 30, 50, 70] * 5)
     runs = tmp_path / "runs"
     paths = [untrained(runs / f"a{seed}.pt", seed) for seed in range(3)]
@@ -205,22 +256,11 @@ def test_scores_models_and_groups_them(tmp_path, cli, refuse):
     assert (one["Task"], one["Seeds"], one["Other settings"]) == ("classification", "0", "age-sigma off")
     assert (three["Task"], three["Seeds"], three["Pretrained weights"]) == ("multitask", "0, 1, 2", "random")
     assert (others["LR strategy"], others["Seeds"]) == ("differentiated", "5, 6, 7")
-    for name, scale in (("accuracy", 100), ("mae_years", 1)):
-        values = [scale * score[name]["value"] for score in scores if name in score]
-        for row, part in ((three, values[:3]), (others, values[3:6])):
-            assert row[METRICS[name]] == f"{np.mean(part):.1f} ± {np.std(part, ddof=1):.1f}"
-    low, high = (100 * end for end in scores[-1]["accuracy"]["ci95"])
-    assert one["accuracy (micro)"] == f"{100 * scores[-1]['accuracy']['value']:.1f} [{low:.1f}, {high:.1f}]"
+    for row, part in ((three, scores[:3]), (others, scores[3:6])):
+        values = [100 * score["accuracy"]["value"] for score in part]
+        assert row["accuracy (micro)"] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
     assert (one[METRICS["mae_years"]], one[METRICS["mask_iou"]]) == ("–", "–")
     [difference] = read_table(tmp_path / "r/table.md", "Difference")
     assert (difference["Difference"], difference["Holds for"]) == ("differentiated − uniform", "other seeds")
-    means = np.array([score["accuracy"]["value"] for score in scores])
-    assert difference["accuracy (micro)"].split()[0] == f"{100 * (means[3:6].mean() - means[:3].mean()):+.1f}"
-
-    twin = shutil.copy(paths[0], tmp_path / "twin.pt")
-    code, _, err = cli("table", paths[0], twin, paths[-1], *flags)
-    assert code == 0 and err.startswith("warning: seeds of one configuration, two of them alike")
-    [difference] = read_table(tmp_path / "r/table.md", "Difference")
-    assert difference["Holds for"] == "these trained models only"
     refuse("table", runs / "c.pt", *flags, words=["none of the 1 files is a model"])
     refuse("table", paths[0], "--data", tmp_path, words=["test"])
