@@ -320,6 +320,16 @@ def test_rerun_and_overwrite(tmp_path, cli, refuse):
     (tmp_path / "copy/train/.DS_Store").write_bytes(b"")
     code, out, _ = cli("split", "--input", source, "--output", tmp_path / "copy", "--seed", 5)
     assert code == 0 and "holds this split already" in out
+    copy = ["--input", source, "--output", tmp_path / "copy", "--seed", 5]
+    extra = tmp_path / "copy/train/30_0_0_1_mask.png"
+    extra.write_bytes(mask.read_bytes())
+    refuse("split", *copy, words=["--overwrite"])
+    extra.unlink()
+    stat, data = os.stat(source / mask.name), mask.read_bytes()
+    other = tmp_path / "copy/train" / mask.name
+    other.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # another byte, at the same size and time
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    refuse("split", *copy, words=["--overwrite"])
     assert sorted(os.listdir(tmp_path)) == ["copy", "processed", "split"]
 
 
