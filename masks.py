@@ -290,7 +290,8 @@ def write_pairs(args, find_mask: Callable, find_face: Callable | None):
         names = [name for name, *_ in read_files(source, output, skip)]
     counts["files"] = len(names) + len(skipped)
     stems, reasons = find_stems(args, names)
-    remove_other_labels(output, stems.values(), args.overwrite)
+    if args.labels:
+        remove_other_labels(output, stems.values(), args.overwrite)
     for name, reason in reasons.items():
         skip(name, reason)
     with archive_errors(source), ThreadPoolExecutor(workers) as pool:

@@ -95,6 +95,7 @@ def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
     path = tmp_path / "a.tar.gz"
     files = {
         "UTKFace/1_0_0_20170000000000001.jpg.chip.jpg": good.read_bytes(),
+        "UTKFace/1_1_0_20170000000000001.jpg.chip.jpg": good.read_bytes(),  # UTKFace has such names
         "UTKFace/39_1_20170116174525125.jpg.chip.jpg": good.read_bytes(),
         "UTKFace/24_0_1_20170116220224657 .jpg.chip.jpg": good.read_bytes(),
         "UTKFace/55_0_0_20170116232725357jpg.chip.jpg": good.read_bytes(),
@@ -109,11 +110,12 @@ def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
             member.size = len(data)
             packed.addfile(member, io.BytesIO(data))
     code, out, _ = cli("masks", "--input", path, "--output", tmp_path / "out")
-    assert code == 0 and "1 pairs written" in out and "8 files:" in out and "7 skipped" in out
+    assert code == 0 and "2 pairs written" in out and "9 files:" in out and "7 skipped" in out
+    assert "2 already there" in cli("masks", "--input", path, "--output", tmp_path / "out")[1]
     reasons = skipped(tmp_path / "out")
-    assert len(reasons) == 7 and len(pairs(tmp_path / "out")) == 2
+    assert len(reasons) == 7 and len(pairs(tmp_path / "out")) == 4
     assert [name for name, reason in sorted(reasons.items()) if "malformed" in reason] == [
-        *sorted(list(files)[1:4]),
+        *sorted(list(files)[2:5]),
         "UTKFace/README.txt",
     ]
     assert "unreadable" in reasons["UTKFace/2_0_0_20170000000000002.jpg"]
