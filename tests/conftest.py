@@ -14,10 +14,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 torch.set_num_threads(min(2, os.cpu_count()))
 
 from cli import TOOLS, run
+from small_model import small_backbone
 
 # Training at its smallest.
 FAST = ["--image-size", 32, "--batch-size", 16, "--workers", 0, "--device", "cpu"]
@@ -54,6 +55,12 @@ def refuse(cli):
             assert word in err, err
 
     return call
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    """A model that trains in no time, where what is learned does not matter."""
+    monkeypatch.setattr("common.resnet18", small_backbone)
 
 
 def script_path(script):

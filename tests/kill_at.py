@@ -11,8 +11,6 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 at, events = int(sys.argv[1]), 0
 
@@ -39,15 +37,18 @@ def watch(owner, name):
     setattr(owner, name, watched)
 
 
-for owner, name in (
-    (torch.optim.AdamW, "step"),
-    (os, "fsync"),
-    (os, "replace"),
-    (os, "link"),
-    (Path, "rename"),
-):
+for owner, name in ((os, "fsync"), (os, "replace"), (os, "link"), (Path, "rename")):
     watch(owner, name)
 sys.argv = sys.argv[2:]
-sys.path.insert(0, str(Path(sys.argv[0]).parent))
-runpy.run_path(sys.argv[0], run_name="__main__")
+script = Path(sys.argv[0])
+sys.path.insert(0, str(script.parent))
+if script.stem in ("pretrain", "finetune"):
+    import torch
+
+    import common
+    from small_model import small_backbone
+
+    common.resnet18 = small_backbone
+    watch(torch.optim.AdamW, "step")
+runpy.run_path(str(script), run_name="__main__")
 print(events)

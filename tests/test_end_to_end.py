@@ -17,7 +17,7 @@ from conftest import ROOT, commands, section, shell
 
 def test_the_readme_from_drawn_faces_to_predictions(tmp_path, cli):
     """The README's own commands, word for word, made small by flags at their end."""
-    training = ["--image-size", 64, "--batch-size", 32, "--device", "cpu", "--epochs"]
+    training = ["--image-size", 32, "--batch-size", 32, "--device", "cpu", "--workers", 0, "--epochs"]
     small = {"pretrain": [*training, 1], "finetune": [*training, 3]}
     assert shell("synthesize", "--count", 180, cwd=tmp_path).returncode == 0
     with tarfile.open(tmp_path / "UTKFace.tar.gz", "w:gz") as archive:
@@ -68,7 +68,7 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 
 def test_arrows_run_downwards_only():
     """A room uses the rooms below it, and the two lowest floors, masks.py and split.py do without torch."""
-    floors = [["cli"], ["utkface"], ["common"], ["training"], [*STAGES], [*TOOLS]]
+    floors = [["cli"], ["utkface"], ["faces", "inputs"], ["devices"], ["common"], ["training"], STAGES, TOOLS]
     level = {name: number for number, floor in enumerate(floors) for name in floor}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
         tree = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))

@@ -30,10 +30,18 @@ KILLS = int(os.environ.get("KILLS", 1))  # of each training stage, half as many 
 TRAINING = [*FAST, "--init", "random"]
 
 
+@pytest.fixture
+def train(drawn, tmp_path, cli, small_model):
+    """Runs finetune.py, small, on the drawn faces into tmp_path/m.pt: (exit code, stdout, stderr)."""
+    flags = ["--data", drawn / "dataset/processed_split", *TRAINING, "--out", tmp_path / "m.pt"]
+    return lambda *more: cli("finetune", *flags, *more)
+
+
 def run_until(event, script, *flags, cwd):
     """Runs a script in a process of its own, killed at an event (0: never): (exit code, stdout)."""
     command = [sys.executable, Path(__file__).with_name("kill_at.py"), event, script_path(script), *flags]
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=env)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode, done.stdout
 
@@ -47,7 +55,7 @@ def test_a_signal_to_all_processes_ends_them_with_one_line(drawn, tmp_path, name
     command = [sys.executable, ROOT / "tests/kill_at.py", 9, ROOT / "finetune.py", *flags]
     process = subprocess.Popen(
         list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "KILL_GROUP_BY": name},
+        env={**os.environ, "KILL_GROUP_BY": name, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.communicate()[1] == f"finetune.py: {line}\n" and process.returncode == code
     with pytest.raises(ProcessLookupError):  # nobody is left of it
@@ -104,16 +112,7 @@ def test_killed_files_are_taken_up(drawn, tmp_path, cli, script):
     assert os.listdir(tmp_path / "cut") == ["out"]
 
 
-def test_sigterm_ends_at_once_and_keeps_the_last_epoch(drawn, tmp_path, cli, monkeypatch):
-    flags = [
-        "--data",
-        drawn / "dataset/processed_split",
-        *TRAINING,
-        "--epochs",
-        2,
-        "--out",
-        tmp_path / "m.pt",
-    ]
+def test_sigterm_ends_at_once_and_keeps_the_last_epoch(train, tmp_path, monkeypatch):
     step, calls = torch.optim.AdamW.step, []
 
     def interrupted(*args, **kwargs):
@@ -123,23 +122,14 @@ def test_sigterm_ends_at_once_and_keeps_the_last_epoch(drawn, tmp_path, cli, mon
         return step(*args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    code, _, err = cli("finetune", *flags)
+    code, _, err = train("--epochs", 2)
     assert code == 143 and err == "finetune.py: stopped by SIGTERM\n" and len(calls) == 9
     assert load_checkpoint(tmp_path / "m.last.pt", "model.last")["epoch"] == 1
     assert sorted(os.listdir(tmp_path)) == ["m.csv", "m.last.pt", "m.pt"]
 
 
-def test_a_full_disk_leaves_the_last_good_files(drawn, tmp_path, cli, monkeypatch):
-    flags = [
-        "--data",
-        drawn / "dataset/processed_split",
-        *TRAINING,
-        "--epochs",
-        2,
-        "--out",
-        tmp_path / "m.pt",
-    ]
-    train, calls, before = finetune.train_one_epoch, [], {}
+def test_a_full_disk_leaves_the_last_good_files(train, tmp_path, monkeypatch):
+    train_one_epoch, calls, before = finetune.train_one_epoch, [], {}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fills(*args):
@@ -147,30 +137,21 @@ def test_a_full_disk_leaves_the_last_good_files(drawn, tmp_path, cli, monkeypatc
         if len(calls) == 2:
             before.update(files(tmp_path))
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file above a mebibyte
-        return train(*args)
+        return train_one_epoch(*args)
 
     monkeypatch.setattr(finetune, "train_one_epoch", fills)
     try:
-        code, _, err = cli("finetune", *flags)
+        code, _, err = train("--epochs", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2 and err.count("\n") == 1 and "m.last.pt cannot be written" in err
     assert files(tmp_path) == before
-    monkeypatch.setattr(finetune, "train_one_epoch", train)
-    assert cli("finetune", *flags, "--resume")[0] == 0
+    monkeypatch.setattr(finetune, "train_one_epoch", train_one_epoch)
+    assert train("--epochs", 2, "--resume")[0] == 0
 
 
 @pytest.mark.parametrize("what", ["loss", "weights"])
-def test_numbers_gone_wrong_stop_the_run_and_keep_the_checkpoint(drawn, tmp_path, cli, monkeypatch, what):
-    flags = [
-        "--data",
-        drawn / "dataset/processed_split",
-        *TRAINING,
-        "--epochs",
-        3,
-        "--out",
-        tmp_path / "m.pt",
-    ]
+def test_numbers_gone_wrong_stop_the_run_and_keep_the_checkpoint(train, tmp_path, monkeypatch, what):
     losses, calls, before = finetune.multitask_losses, [], {}
 
     def breaks(model, batch, **options):
@@ -185,7 +166,7 @@ def test_numbers_gone_wrong_stop_the_run_and_keep_the_checkpoint(drawn, tmp_path
         return found if found[0].isfinite() else torch.stack([_Silent.apply(found[1]), *found[1:]])
 
     monkeypatch.setattr(finetune, "multitask_losses", breaks if what == "loss" else weights_break)
-    code, _, err = cli("finetune", *flags)
+    code, _, err = train("--epochs", 3)
     assert code == 2 and err.count("\n") == 1 and "lower --lr" in err and "learning rate of 0.0" in err
     assert (
         "epoch 2, step 2" if what == "loss" else "weights became infinite or NaN in epoch 2, step 6"
@@ -316,10 +297,10 @@ def test_no_stage_decodes_a_huge_picture(tmp_path, refuse):
         decode_image((tmp_path / f"d/train/{stem}_image.png").read_bytes())
 
 
-def test_damaged_checkpoints_are_named(drawn, tmp_path, cli, refuse):
+def test_damaged_checkpoints_are_named(drawn, train, tmp_path, refuse):
     data = ["--data", drawn / "dataset/processed_split"]
     good = tmp_path / "m.pt"
-    assert cli("finetune", *data, *TRAINING, "--epochs", 1, "--out", good)[0] == 0
+    assert train("--epochs", 1)[0] == 0
     content = torch.load(good, weights_only=True)
     for key, value in (
         ("weights", {"head.weight": 3}),
@@ -344,24 +325,15 @@ def test_damaged_checkpoints_are_named(drawn, tmp_path, cli, refuse):
         refuse("finetune", *flags, "--resume", words=["m.last.pt does not fit"])
 
 
-def test_a_run_that_was_being_overwritten_does_not_come_back(drawn, tmp_path, cli, monkeypatch):
-    flags = [
-        "--data",
-        drawn / "dataset/processed_split",
-        *TRAINING,
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "m.pt",
-    ]
-    assert cli("finetune", *flags)[0] == 0
+def test_a_run_that_was_being_overwritten_does_not_come_back(train, tmp_path, monkeypatch):
+    assert train("--epochs", 1)[0] == 0
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "train_one_epoch", killed)
-        assert cli("finetune", *flags, "--overwrite")[0] == 130
+        assert train("--epochs", 1, "--overwrite")[0] == 130
     assert not (tmp_path / "m.last.pt").exists()
 
 
