@@ -24,16 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy.special import expit, logit
 
-from cli import (
-    UserError,
-    add_device_flags,
-    atomic_path,
-    check_writable,
-    progress,
-    run,
-    script_parser,
-    write_csv,
-)
+from cli import UserError, add_device_flags, atomic_path, check_writable, run, script_parser, write_csv
 from common import YEARS, FaceDataset, Scores, load_model, score_dataset
 from devices import choose_device, choose_precision
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
@@ -68,7 +59,7 @@ SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group", "range_
 
 @dataclass
 class Evaluation:
-    """A checkpoint and what it says of N faces of a folder; `measure` fills in the last four fields."""
+    """A checkpoint and what it says of N faces of a folder; `measure` adds all metrics."""
 
     path: Path
     checkpoint: dict
@@ -76,13 +67,9 @@ class Evaluation:
     faces: list[Face]
     scores: Scores
     clusters: np.ndarray  # int (N,), which near-duplicates share
-    learned: np.ndarray  # bool (N,): the model was trained on it
-    selected_on: np.ndarray  # bool (N,): the model's epoch was selected on it
     leaked: np.ndarray  # bool (N,): the model has learned from a near-duplicate, by split.csv
-    across_groups: int  # faces left out, since their range of ages crosses groups
-    unseen: int  # faces left out by --unseen
+    summary: dict  # what metrics.json holds
     metrics: dict[str, float] = field(default_factory=dict)
-    summary: dict = field(default_factory=dict)  # what metrics.json holds
     draws: dict[str, np.ndarray] = field(default_factory=dict)  # bootstrap, (RESAMPLES,) of each metric
     subgroups: list[dict] = field(default_factory=list)  # rows of subgroups.csv
 
@@ -162,11 +149,18 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     one_group = np.array([face.group >= 0 for face in dataset.faces])
     seen = np.isin(clusters, clusters[learned | selected_on]) | near_train | near_val
     kept = one_group & ~seen if unseen else one_group
-    across, left_out = int((~one_group).sum()), int((one_group & ~kept).sum())
+    summary = {
+        "n": int(kept.sum()),
+        "left_out_across_groups": int((~one_group).sum()),
+        "left_out_by_unseen": int((one_group & ~kept).sum()),
+        "seen_in_training": int(learned[kept].sum()),
+        "chose_the_epoch": int(selected_on[kept].sum()),
+        "classes_never_learned": checkpoint.get("missing_groups", []),
+    }
     if not kept.any():
         raise UserError(
-            f"0 of {len(kept)} faces of {folder} remain for {path}: {across} are of a range of ages that "
-            f"crosses groups, and {left_out} are left out by --unseen; name other faces"
+            f"0 of {len(kept)} faces of {folder} remain for {path}: the range of ages of "
+            f"{summary['left_out_across_groups']} crosses groups, and --unseen leaves out the others"
         )
     dataset = copy(dataset)
     dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
@@ -174,8 +168,7 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     dataset.masks = None if dataset.masks is None else dataset.masks[kept]
     scores = score_dataset(model, dataset, device, dtype)
     del checkpoint["weights"]  # a table keeps many
-    marks = (values[kept] for values in (clusters, learned, selected_on, leaked))
-    return Evaluation(path, checkpoint, folder, dataset.faces, scores, *marks, across, left_out)
+    return Evaluation(path, checkpoint, folder, dataset.faces, scores, clusters[kept], leaked[kept], summary)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -329,11 +322,6 @@ def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
     return float(np.mean(np.array(gaps) >= gaps[0] - 1e-9))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Subgroups and calibration
-# ------------------------------------------------------------------------------------------------------------
-
-
 def label_subgroups(faces, groups):
     """{kind: (the subgroup of each of N faces, "" if unknown; all of the kind's subgroups, in order)}."""
     genders = np.array([*GENDERS, ""])[[face.gender for face in faces]]  # -1 is the last
@@ -420,7 +408,7 @@ def measure(evaluation, seed):
     effective = effective_faces(e.clusters)
     values = score(e.probabilities, e.groups, np.ones((1, len(e.faces))), e.per_face)
     e.metrics = {name: float(value) for name, [value] in values.items()}
-    parts = progress(np.array_split(weights, RESAMPLES // 50), "bootstrap")  # 50 fit the memory
+    parts = np.array_split(weights, RESAMPLES // 50)  # of which each fits the memory
     draws = [score(e.probabilities, e.groups, part, e.per_face) for part in parts]
     e.draws = {name: np.concatenate([part[name] for part in draws]) for name in values}
     for name, value in e.metrics.items():
@@ -430,27 +418,20 @@ def measure(evaluation, seed):
         numbers = [None if np.isnan(x) else round(x, 6) for x in (value, *ends)]
         e.summary[name] = {"value": numbers[0], "ci95": numbers[1:]}
     e.subgroups, gaps = score_subgroups(e, seed)
-    present, guessed = ({GROUP_NAMES[group] for group in x} for x in (e.groups, e.predicted))
+    present, guessed = ({GROUP_NAMES[group] for group in groups} for groups in (e.groups, e.predicted))
+    by_group = [row for row in e.subgroups if row["by"] == "age group"]
     e.summary |= {
-        "n": len(e.faces),
         "effective_n": round(effective, 1),
         "absent_classes": [name for name in GROUP_NAMES if name not in present],
         "classes_of_f1_and_precision": [name for name in GROUP_NAMES if name in present | guessed],
-        "classes_never_learned": e.checkpoint.get("missing_groups", []),
-        **measure_calibration(e.confidence, e.right, e.clusters, seed),
-        "range_by_group": {
-            row["subgroup"]: {"coverage": row["range_coverage"], "width": row["range_width"]}
-            for row in e.subgroups
-            if row["by"] == "age group" and "range_coverage" in row
-        },
-        "widest_gaps": gaps,
-        "seen_in_training": int(e.learned.sum()),
-        "chose_the_epoch": int(e.selected_on.sum()),
-        "left_out_across_groups": e.across_groups,
-        "left_out_by_unseen": e.unseen,
         "unknown_gender": sum(face.gender < 0 for face in e.faces),
         "unknown_race": sum(face.race < 0 for face in e.faces),
         "ages_in_ranges": sum(face.spread > 0 for face in e.faces),
+        "range_by_group": {
+            row["subgroup"]: [row.get("range_coverage"), row.get("range_width")] for row in by_group
+        },
+        **measure_calibration(e.confidence, e.right, e.clusters, seed),
+        "widest_gaps": gaps,
         "near_duplicates_in_train": {
             "n": int(e.leaked.sum()),
             "accuracy": float(e.right[e.leaked].mean()) if e.leaked.any() else None,
@@ -578,10 +559,12 @@ def write_results(evaluation, out):
 
 def warn_of_seen(evaluation):
     """Warns of faces that the model was trained on, or that its epoch was selected on."""
-    kinds = {"was trained on": evaluation.learned, "had its epoch selected on": evaluation.selected_on}
-    for what, faces in kinds.items():
-        if faces.any():
-            counts = f"{faces.sum()} of these {len(faces)} faces"
+    for key, what in (
+        ("seen_in_training", "was trained on"),
+        ("chose_the_epoch", "had its epoch selected on"),
+    ):
+        if evaluation.summary[key]:
+            counts = f"{evaluation.summary[key]} of these {len(evaluation.faces)} faces"
             print(f"warning: {evaluation.path} {what} {counts}; --unseen leaves them out", file=sys.stderr)
 
 

@@ -24,19 +24,10 @@ import numpy as np
 import torch
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from cli import (
-    ROOT,
-    UserError,
-    add_device_flags,
-    atomic_path,
-    check_writable,
-    number,
-    progress,
-    run,
-    script_parser,
-)
+from cli import UserError, add_device_flags, atomic_path, check_writable, number, progress, run, script_parser
 from common import FaceDataset, load_checkpoint
 from devices import choose_device
 from evaluate import METRICS, interval, measure, score_model, warn_of_seen, write_results
