@@ -22,34 +22,30 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names a backend that this
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from scipy.special import expit, logit
 
 from cli import UserError, add_device_flags, atomic_path, check_writable, run, script_parser, write_csv
 from common import YEARS, FaceDataset, Scores, load_model, score_dataset
 from devices import choose_device, choose_precision
+from metrics import (
+    BINS,
+    IN_YEARS,
+    METRICS,
+    RESAMPLES,
+    SHARES,
+    balanced_accuracy,
+    confusion_matrix,
+    effective_faces,
+    gap_p_value,
+    interval,
+    logit_interval,
+    measure_calibration,
+    resample,
+    score,
+    wilson,
+)  # fmt: skip
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
 
-RESAMPLES = 1000  # of the bootstrap, of the permutation test, and of perfectly calibrated outcomes
-BINS = 15  # of confidence, for calibration (Guo et al. 2017)
 SMALL = 100  # faces below which a subgroup is marked
-
-METRICS = {  # and how each is averaged
-    "accuracy": "accuracy (micro)",
-    "balanced_accuracy": "balanced accuracy (macro recall)",
-    "f1_macro": "F1 (macro)",
-    "precision_macro": "precision (macro)",
-    "auc_macro_ovr": "AUC (macro, one-vs-rest)",
-    "ap_macro": "average precision (macro)",
-    "within_one_group": "within one group",
-    "mae_years": "mean absolute error in years",
-    "within_five_years": "within five years",
-    "range_coverage": "80 % range of years covers",
-    "range_width": "its width in years",
-    "mask_iou": "mask IoU (mean over faces)",
-    "mask_dice": "mask Dice (mean over faces)",
-}
-IN_YEARS = ("mae_years", "range_width")
-SHARES = ("accuracy", "within_one_group", "within_five_years", "range_coverage")  # a face counts 0 or 1
 SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group", "range_coverage")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,154 +168,8 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics
+# Metrics, subgroups and calibration
 # ------------------------------------------------------------------------------------------------------------
-
-
-def score(probabilities, groups, weights, per_face):
-    """Every metric of N faces under each of R weightings, in the order of `METRICS`: {metric: (R,)}.
-
-    probabilities: (N, 6); groups: int (N,); weights: (R, N), how often each face counts; per_face: {metric:
-    (N,)}, which are averaged. Balanced accuracy, AUC and AP average over the classes present in `groups`, F1
-    and precision over those present in `groups` or among the predictions, a class that is never predicted
-    having precision 0. AUC is NaN where only one class is present.
-    """
-    weights = weights.astype(float)
-    values = rates(probabilities.argmax(axis=1), groups, weights)
-    areas = [rank_areas(probabilities[:, g], groups == g, weights) for g in range(len(GROUP_NAMES))]
-    auc, ap = (np.stack(columns, axis=1) for columns in zip(*areas))  # R×6
-    present = weights @ np.eye(len(GROUP_NAMES))[groups] > 0  # R×6
-    values["auc_macro_ovr"] = np.where(present.sum(axis=1) > 1, mean_over(auc, present), np.nan)
-    values["ap_macro"] = mean_over(ap, present)
-    values |= {name: weights @ column / weights.sum(axis=1) for name, column in per_face.items()}
-    return {name: values[name] for name in METRICS if name in values}
-
-
-def rates(predicted, groups, weights):
-    """Those metrics that follow from the confusion matrix, under each of R weightings: see `score`."""
-    matrix = confusion_matrix(predicted, groups, weights)  # R×true×predicted
-    right, true, guessed = matrix.diagonal(0, 1, 2), matrix.sum(axis=2), matrix.sum(axis=1)  # R×6
-    faces = np.where(true.any(axis=1), true.sum(axis=1), np.nan)  # R
-    return {
-        "accuracy": right.sum(axis=1) / faces,
-        "balanced_accuracy": mean_over(right / np.maximum(true, 1), true > 0),
-        "f1_macro": mean_over(2 * right / np.maximum(true + guessed, 1), true + guessed > 0),
-        "precision_macro": mean_over(right / np.maximum(guessed, 1), true + guessed > 0),
-        "within_one_group": sum(matrix.diagonal(k, 1, 2).sum(axis=1) for k in (-1, 0, 1)) / faces,
-    }
-
-
-def confusion_matrix(predicted, groups, weights):
-    """Counts (R, 6, 6) of true groups in rows and predicted in columns: int (N,) each, weights (R, N)."""
-    count = len(GROUP_NAMES)
-    return (weights @ np.eye(count**2)[groups * count + predicted]).reshape(-1, count, count)
-
-
-def mean_over(values, present):
-    """Mean over the classes that are present in each weighting: (R, 6), bool (R, 6) → (R,), NaN of none."""
-    count = np.where(present.any(axis=1), present.sum(axis=1), np.nan)
-    return np.where(present, values, 0).sum(axis=1) / count
-
-
-def rank_areas(scores, positive, weights):
-    """Area under the ROC curve and average precision, each (R,), of faces that count `weights` (R, N) times.
-
-    scores: (N,), the higher the likelier positive; positive: bool (N,). Zero where a side is missing.
-    """
-    order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # faces of one score tie
-    weights, positive = weights[:, order], positive[order]
-    tp = np.cumsum(weights * positive, axis=1)[:, ends]  # R×E, above each threshold
-    fp = np.cumsum(weights * ~positive, axis=1)[:, ends]
-    new_tp, new_fp = np.diff(tp, prepend=0), np.diff(fp, prepend=0)
-    positives, negatives = np.maximum(tp[:, -1], 1), np.maximum(fp[:, -1], 1)
-    auc = (new_fp * (tp - new_tp / 2)).sum(axis=1) / (positives * negatives)
-    return auc, (new_tp * tp / np.maximum(tp + fp, 1)).sum(axis=1) / positives
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Intervals
-# ------------------------------------------------------------------------------------------------------------
-
-
-def effective_faces(clusters):
-    """How many unrelated faces N faces are worth: N² / Σ m², over the m faces of each cluster, int (N,).
-
-    Near-duplicates count once, being right or wrong together (Kish 1965, clusters of correlation 1).
-    """
-    return len(clusters) ** 2 / (np.unique(clusters, return_counts=True)[1] ** 2).sum()
-
-
-def wilson(share, count):
-    """The 95 % interval [low, high] of a share of `count` faces, which holds near 0 and 1 too (Wilson)."""
-    z = 1.959964
-    middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
-    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return [float(max(middle - half, 0) / scale), float(min((middle + half) / scale, 1))]
-
-
-def resample(clusters, resamples=RESAMPLES, seed=0):
-    """How often each of N faces is drawn in each bootstrap resample: int16 (resamples, N).
-
-    clusters: int (N,); near-duplicates, which share one, are drawn together. The same clusters and seed give
-    the same draws, so that models can be compared face by face.
-    """
-    rng = np.random.default_rng(seed)
-    names, index = np.unique(clusters, return_inverse=True)
-    draws = (rng.integers(len(names), size=len(names)) for _ in range(resamples))
-    return np.stack([np.bincount(draw, minlength=len(names)).astype(np.int16)[index] for draw in draws])
-
-
-def interval(draws):
-    """The 95 % percentile interval [low, high] of draws (R,), those that are NaN left out."""
-    draws = draws[~np.isnan(draws)]
-    return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [np.nan, np.nan]
-
-
-def logit_interval(value, draws):
-    """The 95 % interval of a value from 0 to 1, normal in log-odds, by the deviation of draws (R,).
-
-    For average precision, of which copies of a face share a rank: draws and their percentiles lie too high
-    (Boyd et al. 2013 compare intervals).
-    """
-    odds = logit(np.clip([value, *draws[~np.isnan(draws)]], 1e-9, 1 - 1e-9))
-    half = 1.959964 * odds[1:].std()
-    return expit([odds[0] - half, odds[0] + half]).tolist()
-
-
-def balanced_accuracy(right, groups, clusters):
-    """Balanced accuracy of N faces, and how many unrelated faces it is worth, for `wilson`.
-
-    It is a mean of shares, one a group, and as many faces give a share of the same variance. A right and a
-    wrong face more in each group keep that variance above zero (Agresti and Caffo 2000). right: bool (N,);
-    groups, clusters: int (N,).
-    """
-    parts = [groups == group for group in np.unique(groups)]
-    shares = np.array([(right[part].sum() + 1) / (part.sum() + 2) for part in parts])
-    faces = np.array([effective_faces(clusters[part]) for part in parts])
-    variance = (shares * (1 - shares) / faces).sum() / len(parts) ** 2
-    value = np.mean([right[part].mean() for part in parts])
-    return value, shares.mean() * (1 - shares.mean()) / variance
-
-
-def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
-    """How often chance alone gives as wide a gap in accuracy, were all subgroups alike: above 0, at most 1.
-
-    right: bool (N,); labels, clusters: (N,). A permutation test, so it holds although the widest gap is
-    picked after looking. Near-duplicate groups of one size swap their labels: near-duplicates stay together,
-    and every subgroup keeps its number of faces.
-    """
-    rng = np.random.default_rng(seed)
-    labels = np.unique(labels, return_inverse=True)[1]
-    counts, sizes = np.bincount(labels), np.unique(clusters, return_counts=True)[1]
-    order, size_of = np.argsort(clusters, kind="stable"), np.repeat(sizes, sizes)
-    blocks = [order[size_of == size].reshape(-1, size) for size in np.unique(sizes)]  # clusters×size each
-    gaps, shuffled = [np.ptp(np.bincount(labels, right) / counts)], labels.copy()
-    for _ in range(shuffles):
-        for block in blocks:
-            shuffled[block] = labels[rng.permutation(block)]
-        gaps.append(np.ptp(np.bincount(shuffled, right) / counts))
-    return float(np.mean(np.array(gaps) >= gaps[0] - 1e-9))
 
 
 def label_subgroups(faces, groups):
@@ -378,28 +228,6 @@ def score_subgroups(evaluation, seed=0):
             gaps.append(gap | {"difference": difference, "p": p})
         rows += [row | {"p_no_gap": p} for row in own]
     return rows, gaps
-
-
-def calibration_error(confidence, right):
-    """Expected calibration error of the predicted group, 0 to 1: confidence (N,), right bool (N,)."""
-    sums, _ = np.histogram(confidence, BINS, (0, 1), weights=right - confidence)
-    return float(np.abs(sums).sum() / len(right))
-
-
-def measure_calibration(confidence, right, clusters, seed=0):
-    """The calibration error, and what a perfectly calibrated model would show on as many faces.
-
-    The second is above zero, since few faces fall into a bin: its mean and 95 % range, over outcomes that are
-    drawn from the confidences themselves, for near-duplicates together. All (N,).
-    """
-    rng = np.random.default_rng(seed)
-    names, index = np.unique(clusters, return_inverse=True)
-    drawn = (rng.random(len(names))[index] < confidence for _ in range(RESAMPLES))
-    perfect = np.array([calibration_error(confidence, outcome) for outcome in drawn])
-    return {
-        "expected_calibration_error": calibration_error(confidence, right),
-        "calibration_error_if_perfect": {"mean": float(perfect.mean()), "range95": interval(perfect)},
-    }
 
 
 def measure(evaluation, seed):

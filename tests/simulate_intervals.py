@@ -15,8 +15,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "tools")]
 
-import evaluate
-from evaluate import (
+import metrics
+from metrics import (
     balanced_accuracy,
     effective_faces,
     gap_p_value,
@@ -169,7 +169,7 @@ def macro_averages():
 def calibration(trials=400):
     """A perfect model lies in the range that is printed for one, however many faces have near-duplicates."""
     rng = np.random.default_rng(3)
-    evaluate.RESAMPLES = 200
+    metrics.RESAMPLES = 200
     for share in (0, 0.1, 0.3):
         pairs, held = int(share * FACES / 2), np.zeros(2)
         clusters = np.r_[np.repeat(np.arange(pairs), 2), pairs + np.arange(FACES - 2 * pairs)]

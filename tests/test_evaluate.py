@@ -18,21 +18,19 @@ import evaluate
 from common import FaceDataset, MultitaskResNet18, Scores, save_checkpoint
 from conftest import ROOT, noise_pairs, write_pair
 from devices import set_seed
-from evaluate import (
-    Evaluation,
+from evaluate import Evaluation, measure, read_split_table, score_model, score_subgroups
+from metrics import (
+    IN_YEARS,
+    METRICS,
     balanced_accuracy,
     calibration_error,
     effective_faces,
     gap_p_value,
     logit_interval,
-    measure,
     measure_calibration,
     rates,
-    read_split_table,
     resample,
     score,
-    score_model,
-    score_subgroups,
     wilson,
 )
 from utkface import GROUP_NAMES, Face, pixel_hash, read_image
@@ -514,9 +512,9 @@ def test_writes_every_file_before_it_prints(tmp_path, cli, monkeypatch):
         assert 0 <= float(row["age_low"]) <= float(row["predicted_age"]) <= float(row["age_high"]) <= 100
     accuracy = np.mean([row["true"] == row["predicted"] for row in rows])
     assert summary["accuracy"]["value"] == pytest.approx(accuracy, abs=1e-6) and summary["n"] == len(rows)
-    for name in evaluate.METRICS:
+    for name in METRICS:
         value, (low, high) = summary[name].values()
-        assert 0 <= low <= value <= high and (name in evaluate.IN_YEARS or high <= 1)
+        assert 0 <= low <= value <= high and (name in IN_YEARS or high <= 1)
 
     monkeypatch.setattr(evaluate.Figure, "savefig", lambda *_, **__: None)
     assert cli("evaluate", model, *flags, "--out", tmp_path / "s", "--seed", 1)[0] == 0

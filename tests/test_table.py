@@ -12,7 +12,7 @@ import table
 from cli import parse_args
 from common import MultitaskResNet18, load_checkpoint, save_checkpoint
 from conftest import noise_pairs
-from evaluate import METRICS
+from metrics import METRICS
 from table import compare, format_difference, group_by_configuration, make_table
 from test_evaluate import no_figures, untrained
 

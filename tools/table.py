@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 from cli import UserError, add_device_flags, atomic_path, check_writable, number, progress, run, script_parser
 from common import FaceDataset, load_checkpoint
 from devices import choose_device
-from evaluate import METRICS, interval, measure, score_model, warn_of_seen, write_results
+from evaluate import measure, score_model, warn_of_seen, write_results
+from metrics import METRICS, interval
 from utkface import list_pairs
 
 WEIGHTS = ("random", "imagenet", "view", "age", "rank")
