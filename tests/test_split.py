@@ -6,6 +6,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 from conftest import noise_pairs, write_pair
 from split import Pair, aligned_correlation, assign, connect, find_near_duplicates, share_out, unit_vectors
@@ -195,6 +196,13 @@ def test_shares_hold_for_every_group_despite_duplicates(fractions):
     assert not (splits[:, None] == np.flatnonzero(np.array(fractions) == 0)).any()
 
 
+def test_a_family_above_its_share_leaves_the_rest_to_the_others():
+    components = np.r_[np.zeros(10, int), np.arange(10, 20)]
+    splits = assign(np.zeros(20, int), components, (0.25, 0.25, 0.5), seed=0)
+    assert sorted(np.bincount(splits, minlength=3).tolist()) == [3, 7, 10]
+    assert (np.bincount(splits[10:], minlength=3) == 0).sum() == 1
+
+
 def test_aligning_changes_an_older_split_only_where_it_must():
     groups = np.random.default_rng(3).integers(6, size=600)
     lying = [Pair(i, i + 1, 0.99, False) for i in range(0, 60, 2)]
@@ -293,6 +301,8 @@ def test_rerun_and_overwrite(tmp_path, cli, refuse):
     flags = ["--input", source, "--output", target]
     assert cli("split", *flags)[0] == 0
     before = tree(target)
+    settings = yaml.safe_load(before["split.yaml"])
+    assert settings == {"seed": 0, "fractions": [0.7, 0.1, 0.2], "near_duplicate": 0.975, "random": False}
     code, out, _ = cli("split", *flags)
     assert code == 0 and "holds this split already" in out and tree(target) == before
     for other in (["--seed", 5], ["--near-duplicate", 0.96], ["--random"]):
