@@ -22,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 STAGES = ("masks", "split", "pretrain", "finetune", "evaluate", "predict")
-TOOLS = ("table", "benchmark", "synthesize")
+TOOLS = ("table", "benchmark", "synthesize", "export", "page")
 ROOT = Path(__file__).resolve().parent
 
 
@@ -325,7 +325,7 @@ def atomic_path(path: str | Path, sync: bool = False):
             yield path
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".tmp-{path.stem[:100]}-"  # a long name must not become too long
+        prefix = f".tmp-{path.stem[:50]}-"  # a long name must not become too long
         handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
         os.close(handle)
         yield Path(temporary)

@@ -26,6 +26,7 @@ from utkface import central_square
 # Where right eye, left eye, nose and the right and left corner of the mouth (the person's) lie in UTKFace's
 # crops, as shares of the side: medians over 597 of them, as MediaPipe's mesh finds them.
 LANDMARKS = np.array([(0.300, 0.300), (0.686, 0.302), (0.491, 0.547), (0.326, 0.690), (0.660, 0.690)])
+LANDMARK_NAMES = ("right_eye", "left_eye", "nose", "right_mouth", "left_mouth")
 SQUARE = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])  # a crop's corners
 LARGEST_CROP = 512
 
@@ -77,12 +78,12 @@ def move(faces, warp):
     return np.column_stack([np.minimum(first, last), np.abs(last - first), landmarks, faces[:, 14]])
 
 
-def region(warp, shape, margin=2):
+def region(warp, shape):
     """The part of a picture of `shape` that a crop covers, as two slices (rows, columns), not empty."""
     corners = apply(cv2.invertAffineTransform(warp), SQUARE)
     size = np.array(shape[1::-1])
-    low = np.clip(np.floor(corners.min(axis=0)).astype(int) - margin, 0, size - 1)
-    high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + margin, low + 1, size)
+    low = np.clip(np.floor(corners.min(axis=0) + 1e-6).astype(int), 0, size - 1)
+    high = np.clip(np.ceil(corners.max(axis=0) - 1e-6).astype(int), low + 1, size)
     return slice(low[1], high[1]), slice(low[0], high[0])
 
 

@@ -1,9 +1,8 @@
 """Finds the faces in any photographs and tells their age group, their age, and where each face is.
 
     python predict.py photo.jpg folder/ --csv faces.csv --overlay drawn
-    python predict.py --aligned UTKFace/             # pictures that are face crops already, as UTKFace's are
-    python predict.py --export model.onnx            # the model for other programs
-    python predict.py --serve                        # a page to try it in a browser
+    python predict.py clip.mp4 --every 10 --csv faces.csv --overlay drawn
+    python predict.py --aligned UTKFace/  # pictures that are face crops already, as UTKFace's are
 
 Faces are found by YuNet, which is downloaded once into torch.hub's cache. From Python:
 
@@ -12,555 +11,624 @@ Faces are found by YuNet, which is downloaded once into torch.hub's cache. From 
     faces = predict(model, image)  # a PIL image, or uint8 RGB (H, W, 3) -> a list of `Prediction`
 """
 
-import base64
-import copy
 import hashlib
 import json
 import os
+import re
 import sys
-import threading
-from http.client import HTTPException
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
 import cli
-import common
 from cli import UserError, atomic_path, progress, write_csv
-from common import infer, load_model
+from common import infer, load_model, to_input
 from devices import autocast, choose_device, choose_precision
-from utkface import GROUP_NAMES, MIN_SIDE, central_square, decode_image, flatten, resize
+from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, find_crops, open_detector, place_mask, region
+from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, resize, walk_files
 
+AGES = ("predicted_age", "age_low", "age_high")
 RELEASED = "weights/age_multitask.pt"
+READABLE = (
+    24  # pixels of the longer side of a face's box below which its age cannot be read (docs/model_card.md)
+)
+MAX_PIXELS = 100_000_000  # of a photograph, which then takes some 1.3 GB
 SUFFIXES = {  # what the decoder reads, where Pillow and OpenCV were built with it
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
     ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
 }  # fmt: skip
+VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 
 # ------------------------------------------------------------------------------------------------------------
-# Faces in a picture, and the model on them
+# The model on the faces of one picture
 # ------------------------------------------------------------------------------------------------------------
 
-ZOO = "https://media.githubusercontent.com/media/opencv/opencv_zoo/main/models"
-DETECTOR_URL = f"{ZOO}/face_detection_yunet/face_detection_yunet_2023mar.onnx"
-DETECTOR_SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
-DETECTOR_SIDE = 1024  # pixels to which a larger picture is reduced to find faces
-# Where right eye, left eye, nose and the right and left corner of the mouth (the person's) lie in UTKFace's
-# crops, as shares of the side: medians over 597 of them, as MediaPipe's mesh finds them.
-LANDMARKS = np.array([(0.300, 0.300), (0.686, 0.302), (0.491, 0.547), (0.326, 0.690), (0.660, 0.690)])
-LARGEST_CROP = 512
-OPENCV_LOG = threading.Lock()  # its level is the whole process's
+
+@dataclass
+class Loaded:
+    """What `predict` needs, from `load`. It can be pickled, and threads can share it."""
+
+    model: torch.nn.Module
+    image_size: int
+    device: torch.device
+    dtype: torch.dtype
+    detect: Callable | None
+    name: str
+    sha256: str
+    process: int = field(default_factory=os.getpid)
+
+    def __setstate__(self, state):
+        self.__dict__ = state | {"process": os.getpid()}
 
 
-class Prediction(NamedTuple):
-    """One face. `probabilities` float (6,) in the order of `GROUP_NAMES`, of which `group` is the likeliest.
+@dataclass
+class Prediction:
+    """One face in a picture. What the model or the detector does not tell is None."""
 
-    `predicted_age` is in years, None from a model that learned groups alone; `box` x, y, width, height in
-    pixels of the picture; `mask` bool (H, W), the picture's size, None from a model without a decoder.
-    """
+    group: str  # the likeliest of `GROUP_NAMES`
+    probabilities: np.ndarray  # float (6,), in their order
+    predicted_age: float | None  # in years, within the group
+    age_low: float | None  # the age lies between these with a probability of 80 %
+    age_high: float | None
+    box: tuple[int, int, int, int]  # x, y, width, height in pixels of the picture
+    score: float | None  # the detector's, 0 to 1
+    landmarks: np.ndarray | None  # float (5, 2), in the order of `LANDMARK_NAMES`
+    too_small: bool  # for its age to be read
+    crop_mask: np.ndarray | None  # probabilities float (S, S), in the crop
+    warp: np.ndarray  # from the picture to the crop, as in `Crop`
+    shape: tuple[int, int, int]  # the picture's
 
-    group: str
-    probabilities: np.ndarray
-    predicted_age: float | None
-    box: tuple[int, int, int, int]
-    mask: np.ndarray | None
-
-
-class Crop(NamedTuple):
-    """A face brought to UTKFace's geometry: uint8 RGB (S, S, 3), its box, and the map from picture to crop.
-
-    The map is float (2, 3), from places in the picture, in pixels, to places in the crop, in sides.
-    """
-
-    pixels: np.ndarray | None
-    box: tuple[int, int, int, int]
-    warp: np.ndarray
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Where the face is, bool (H, W), made when it is asked for."""
+        return None if self.crop_mask is None else place_mask(self.crop_mask, self.warp, self.shape)
 
 
-def to_pixels(warp, side):
-    """A crop's map as OpenCV takes it, from pixel to pixel, where whole numbers are middles of pixels."""
-    scaled = warp * side
-    scaled[:, 2] += scaled[:, :2].sum(axis=1) / 2 - 0.5
-    return scaled
-
-
-def align(image, landmarks):
-    """The crop of a picture (H, W, 3) in which five landmarks (5, 2) lie as in UTKFace, and its map.
-
-    The map turns, scales and shifts alike in both directions, with the least squared distance.
-    """
-    source = landmarks[:, 0] + 1j * landmarks[:, 1]
-    target = LANDMARKS[:, 0] + 1j * LANDMARKS[:, 1]
-    (a, b), *_ = np.linalg.lstsq(np.stack([source, np.ones(5)], axis=1), target, rcond=None)
-    warp = np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
-    side = int(np.clip(round(1 / abs(a)), 32, LARGEST_CROP))  # the face's own size, so that nothing is lost
-    pixels = cv2.warpAffine(image, to_pixels(warp, side), (side, side), borderMode=cv2.BORDER_REPLICATE)
-    return pixels, warp
-
-
-def released_detector():
-    """YuNet's ONNX file as OpenCV publishes it, from torch.hub's cache, or from the network into it.
-
-    It is checked by its hash before every use. Raises UserError if it cannot be had.
-    """
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(DETECTOR_URL).name)
-    try:
-        if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(DETECTOR_URL, str(cached), DETECTOR_SHA256, progress=False)
-            print(f"face detector downloaded to {cached}")
-        data = cached.read_bytes()
-    except (OSError, RuntimeError, HTTPException) as error:  # no network, another file, no room
-        place = f"put {DETECTOR_URL} into {cached.parent}"
-        raise UserError(f"no face detector ({error}): {place}, or give --aligned for face crops") from None
-    if hashlib.sha256(data).hexdigest() != DETECTOR_SHA256:
-        raise UserError(f"{cached} is not YuNet's file (its SHA-256 differs): delete it, and run again")
-    return data
-
-
-def open_detector(path=None):
-    """A function from a picture to its faces, (N, 15) as YuNet gives them, that threads can share.
-
-    Rows hold box, five landmarks and score. path: another file than `released_detector`, or UserError.
-    """
-    local = threading.local()  # a network is not for two threads at once
-    log = cv2.utils.logging
-
-    def detect(image):
-        if not hasattr(local, "network"):
-            with OPENCV_LOG:  # OpenCV 5 warns that its new engine knows no targets; none was asked for
-                before = log.setLogLevel(log.LOG_LEVEL_SILENT)
-                try:
-                    local.network = cv2.FaceDetectorYN.create("onnx", data, data[:0], (32, 32), 0.7)
-                finally:
-                    log.setLogLevel(before)
-        scale = min(1, DETECTOR_SIDE / max(image.shape[:2]))
-        size = [max(32, round(length * scale)) for length in image.shape[1::-1]]
-        local.network.setInputSize(size)
-        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        faces = local.network.detect(small[:, :, ::-1].copy())[1]  # it expects BGR
-        faces = np.zeros((0, 15)) if faces is None else faces.astype(float)
-        faces[:, :14] /= np.tile([size[0] / image.shape[1], size[1] / image.shape[0]], 7)
-        return faces
-
-    try:
-        data = np.frombuffer(Path(path).read_bytes() if path else released_detector(), np.uint8)
-        detect(np.zeros((64, 64, 3), np.uint8))
-    except (OSError, cv2.error):
-        raise UserError(f"--detector {path} cannot be read as a face detector: name YuNet's file") from None
-    return detect
-
-
-def find_crops(image, detect=None):
-    """The faces of a picture, uint8 RGB (H, W, 3), as `Crop`s, from left to right; without `detect`, one."""
-    if detect is None:
-        square = central_square(image)
-        side = len(square)
-        y, x = ((length - side) // 2 for length in image.shape[:2])
-        return [Crop(square, (x, y, side, side), np.array([[1, 0, -x], [0, 1, -y]]) / side)]
-    found = sorted(detect(image).tolist())
-    crops = [(face, *align(image, np.reshape(face[4:14], (5, 2)))) for face in found]
-    return [Crop(pixels, tuple(map(round, face[:4])), warp) for face, pixels, warp in crops]
-
-
-def load(checkpoint, detector=None, aligned=False, device="auto", precision="fp32"):
-    """What `predict` needs: a model written by finetune.py and, unless `aligned`, a detector of faces.
+def load(
+    checkpoint, detector=None, aligned=False, device="auto", precision="fp32", min_score=MIN_SCORE,
+    min_face=MIN_FACE,
+) -> Loaded:  # fmt: skip
+    """A model written by finetune.py and, unless `aligned`, a detector of faces.
 
     aligned: each picture is one face crop, as in UTKFace. detector: an ONNX file of YuNet, by default
-    OpenCV's, which is downloaded once. Raises UserError if a file is missing or is anything else.
+    OpenCV's, which is downloaded once; min_score and min_face say what it counts as a face, as in
+    `open_detector`. Raises UserError if a file is missing or is anything else.
     """
     device = choose_device(device)
     model, content = load_model(checkpoint, device)
-    return SimpleNamespace(
-        model=model, image_size=content["preprocessing"]["image_size"], device=device,
-        dtype=choose_precision(precision, device), detect=None if aligned else open_detector(detector),
-    )  # fmt: skip
+    digest = hashlib.sha256(cli.shipped(checkpoint).read_bytes()).hexdigest()
+    detect = None if aligned else open_detector(detector, min_score, min_face)
+    dtype, side = choose_precision(precision, device), content["preprocessing"]["image_size"]
+    return Loaded(model, side, device, dtype, detect, Path(checkpoint).name, digest)
 
 
-def outputs(model, images):
-    """Probabilities of groups (B, 6), median ages (B,) and mask probabilities (B, 1, H, W), or None for
-    what the model has not learned, of normalised images (B, 3, H, W)."""
+def outputs(model, images) -> dict:
+    """What a model has learned to say of normalised images (B, 3, H, W), by name.
+
+    `probabilities` (B, 6); `predicted_age`, `age_low`, `age_high` (B,) in years; `masks` (B, 1, H, W),
+    probabilities. A median age outside the likeliest group, mostly by a year or two, is moved to its edge.
+    """
     answers = infer(model, images)
-    masks = None if answers.mask_logits is None else answers.mask_logits.float().sigmoid()
-    return answers.group_logits.softmax(dim=1), answers.ages, masks
+    said = {"probabilities": answers.group_logits.softmax(dim=1)}
+    if answers.ages is not None:
+        limits = torch.tensor(list(AGE_GROUPS.values()), dtype=torch.float32, device=images.device)  # 6×2
+        first, last = limits[answers.group_logits.argmax(dim=1)].unbind(dim=1)  # B each
+        said |= zip(AGES, (answers.ages.clamp(first, last), answers.age_low, answers.age_high))
+    if answers.mask_logits is not None:
+        said["masks"] = answers.mask_logits.float().sigmoid()
+    return said
 
 
 @torch.inference_mode()
-def score(loaded, squares, batch_size=256):
-    """Probabilities float (6,), median age or None, mask float (1, S, S) or None of each of N crops, given
-    as a list of uint8 RGB (S, S, 3), S the model's image size."""
+def score(loaded, squares, batch_size=256) -> list[dict]:
+    """The `outputs` for each of N crops, uint8 RGB (S, S, 3) with S the model's image size, as float32."""
     scores = []
     for start in range(0, len(squares), batch_size):
         batch = torch.from_numpy(np.stack(squares[start : start + batch_size]))  # B×S×S×3
         with autocast(loaded.device, loaded.dtype):
-            found = outputs(loaded.model, common.to_input(batch, loaded.device))
-        scores += zip(
-            *([None] * len(batch) if part is None else part.cpu().double().numpy() for part in found)
-        )
+            said = outputs(loaded.model, to_input(batch, loaded.device))
+        said = {name: values.float().cpu().numpy() for name, values in said.items()}
+        scores += [{name: values[i] for name, values in said.items()} for i in range(len(batch))]
     return scores
 
 
-def place_mask(mask, warp, shape):
-    """The mask of a crop, float (1, S, S), as bool (H, W) in its picture of that `shape`."""
-    warp, flags = to_pixels(warp, mask.shape[-1]), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(mask[0], warp, shape[1::-1], flags=flags) > 0.5
+def describe(crop, said, shape, masks=True) -> Prediction:
+    """The `Prediction` for a `Crop` of a picture of `shape`, of which `score` says `said`."""
+    p, mask = said["probabilities"], said.get("masks")
+    years = [float(said[name]) if name in said else None for name in AGES]
+    too_small = crop.score is not None and max(crop.box[2:]) < READABLE
+    mask = None if mask is None or not masks else mask[0]
+    return Prediction(
+        GROUP_NAMES[p.argmax()],
+        p,
+        *years,
+        crop.box,
+        crop.score,
+        crop.landmarks,
+        too_small,
+        mask,
+        crop.warp,
+        shape,
+    )
 
 
-def predict(loaded, image):
-    """The faces in one picture: a list of `Prediction`, from left to right.
+def predict(loaded, image, masks=True) -> list[Prediction]:
+    """The faces in one picture, from left to right.
 
-    loaded: from `load`; image: uint8 RGB (H, W, 3), or a PIL image, which is turned as its EXIF says and lies
-    on mid-grey where it is transparent. Raises ValueError for anything else or below `MIN_SIDE` a side.
+    loaded: from `load`; image: uint8 RGB (H, W, 3) with values 0 to 255 (not BGR, as OpenCV reads pictures:
+    nothing can tell), or a PIL image, which is turned as its EXIF says and lies on mid-grey where it is
+    transparent. Without `masks`, `Prediction.mask` is None. Raises ValueError for anything else, or below
+    `MIN_SIDE` a side.
     """
+    if loaded.process != os.getpid() and torch.get_num_threads() > 1:
+        raise UserError(
+            "this process was forked after the model was loaded, and PyTorch's threads would hang: "
+            "load in the process that predicts, or call torch.set_num_threads(1) before loading"
+        )
     if isinstance(image, Image.Image):
         if image.mode in ("I", "F"):
             raise ValueError(f"a PIL image of mode {image.mode}, whose range is not known")
         image = cv2.cvtColor(flatten(image), cv2.COLOR_BGR2RGB)
+    elif np.size(image) and np.max(image) <= 1:
+        raise ValueError("no value above 1: multiply a picture of values 0 to 1 by 255")
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < MIN_SIDE:
         raise ValueError(f"not a uint8 (H, W, 3) of {MIN_SIDE} or more a side: {image.dtype} {image.shape}")
     crops = find_crops(image, loaded.detect)
-    squares = [resize(crop.pixels, loaded.image_size) for crop in crops]
-    faces = []
-    for crop, (p, age, mask) in zip(crops, score(loaded, squares)):
-        mask = None if mask is None else place_mask(mask, crop.warp, image.shape)
-        faces.append(Prediction(GROUP_NAMES[p.argmax()], p, age, crop.box, mask))
-    return faces
+    scores = score(loaded, [resize(crop.pixels, loaded.image_size) for crop in crops])
+    return [describe(crop, said, image.shape, masks) for crop, said in zip(crops, scores)]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Many pictures, and what is written of them
+# Many pictures
 # ------------------------------------------------------------------------------------------------------------
 
-CHUNK = 64  # pictures read while those before are scored
-COLORS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)]
+CHUNK = 8  # pictures read while those before are scored
+MADE_BY, MARK = 0x0131, "predict.py"  # EXIF's field for software, by which own pictures are known again
 
 
-def list_pictures(inputs, outputs):
-    """The picture files among `inputs`, in order: files as they are, and folders searched through.
+@dataclass
+class Picture:
+    """A photograph or a frame of a video, from its `path`, and what is found in it.
 
-    Folders among `outputs` are not searched. What is passed over is counted and named on stderr.
+    source: where its pixels are, a path, bytes of a file, or RGB (H, W, 3). frame, second: its place in a
+    video; rate: how many frames of that are looked at for each second. shape: (H, W, 3). reason: why `faces`
+    is empty.
     """
-    paths, masks, others = [], [], []
-    outputs = {os.path.realpath(folder) for folder in outputs if folder}
-    for path in map(Path, inputs):
-        pictures = [path] if path.is_file() else []
-        for folder, folders, names in os.walk(path):
-            folders[:] = [name for name in folders if os.path.realpath(f"{folder}/{name}") not in outputs]
-            names = set(names)
-            for file in map(Path(folder).joinpath, names):
-                is_mask = file.name.endswith("_mask.png") and f"{file.name[:-9]}_image.png" in names
-                known = file.suffix.lower() in SUFFIXES and file.is_file()
-                (masks if is_mask else pictures if known else others).append(file)
-        if not pictures:
-            what = "holds no picture" if path.is_dir() else "is not there"
-            raise UserError(f"{path} {what}: name pictures, or a folder of them")
-        paths += sorted(pictures)
-    paths = list({os.path.abspath(path): path for path in paths}.values())  # each once, however often named
-    if others or masks:
-        named = ", ".join(map(str, (sorted(others) + sorted(masks))[:3])) + ", …" * (len(others + masks) > 3)
-        counts = f"{len(others)} files that are no pictures, {len(masks)} face masks"
-        print(f"passed over {counts}: {named}", file=sys.stderr)
-    return paths
+
+    path: Path
+    source: Path | bytes | np.ndarray
+    frame: int | None = None
+    second: float | None = None
+    rate: float | None = None
+    shape: tuple | None = None
+    reason: str | None = None
+    crops: list = field(default_factory=list)
+    squares: list = field(default_factory=list)
+    faces: list[Prediction] = field(default_factory=list)
+
+
+def is_own(path):
+    """Whether a file is an overlay or a mask that an earlier run has written."""
+    try:
+        with Image.open(path) as header:
+            return header.getexif().get(MADE_BY) == MARK
+    except Exception:  # what Pillow raises depends on where a file breaks
+        return False
+
+
+def list_pictures(inputs, leave_out):
+    """The picture files among `inputs`, in order, and the reason for each path that cannot be read.
+
+    Files are taken as they are; folders are searched, but for those in `leave_out`. What is passed over there
+    is counted and named on stderr.
+    """
+    paths, unreadable = [], {}
+    passed = {
+        "files that are no pictures": [],
+        "face masks": [],
+        "pictures drawn by an earlier run": [],
+    }
+    others, masks, own = passed.values()
+    for top in map(Path, inputs):
+        if top.is_dir():
+            files, broken = walk_files(top, leave_out)
+            unreadable |= broken
+            names, pictures = set(files), []
+            for file in files:
+                is_mask = file.name.endswith("_mask.png")
+                if is_mask and file.with_name(f"{file.name[:-9]}_image.png") in names:
+                    masks.append(file)
+                elif file.suffix.lower() not in SUFFIXES:
+                    others.append(file)
+                else:
+                    (own if is_own(file) else pictures).append(file)
+            if not pictures:
+                reasons = "".join(f" ({path}: {reason})" for path, reason in list(broken.items())[:1])
+                raise UserError(f"{top} holds no picture{reasons}: name pictures, or a folder of them")
+            paths += pictures
+        elif top.exists():
+            paths.append(top)
+        else:
+            raise UserError(f"{top} is not there: name pictures, or a folder of them")
+    named = [as_text(path) for path in others + masks + own]
+    if named:
+        counts = ", ".join(f"{len(files)} {what}" for what, files in passed.items())
+        print(f"passed over {counts}: {', '.join(named[:3])}" + ", …" * (len(named) > 3), file=sys.stderr)
+    return list({os.path.abspath(path): path for path in paths}.values()), unreadable  # each once
+
+
+def open_pictures(paths, every) -> Iterator[Picture]:
+    """Yields a `Picture`, not yet read, for each path, and one for every N-th frame of a video."""
+    for path in paths:
+        if path.suffix.lower() in VIDEOS:
+            yield from open_frames(path, every)
+        else:  # a pipe can be read only once
+            yield Picture(path, path.read_bytes() if cli.is_special(path) else path)
+
+
+def open_frames(path, every) -> Iterator[Picture]:
+    """Yields every N-th frame of a video, and at last a `Picture` with a reason if it breaks off."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong is said below
+    video = cv2.VideoCapture(str(path))
+    fps, count = video.get(cv2.CAP_PROP_FPS) or 25, int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    frame = 0
+    while video.grab():
+        if frame % every == 0:
+            image = cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
+            yield Picture(path, image, frame, frame / fps, fps / every)
+        frame += 1
+    if frame == 0:
+        yield Picture(path, path, reason="no video that can be read")
+    elif frame < count - 2:  # containers miscount by one or two
+        yield Picture(path, path, reason=f"breaks off after {frame} of {count} frames")
 
 
 def read_picture(source):
-    """Decodes a file, given by its path or as bytes, to uint8 RGB (H, W, 3); raises ValueError or OSError."""
+    """Pixels, uint8 RGB (H, W, 3), of a `Picture`'s source; raises ValueError or OSError."""
+    if isinstance(source, np.ndarray):
+        return source
     data = source if isinstance(source, bytes) else source.read_bytes()
-    return cv2.cvtColor(decode_image(data), cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(decode_image(data, max_pixels=MAX_PIXELS), cv2.COLOR_BGR2RGB)
 
 
-def read_faces(source, loaded):
-    """A picture's `crops`, without pixels, and those as `squares` (S, S, 3), or the `reason` for none."""
+def read_faces(loaded, picture) -> Picture:
+    """Reads a picture and cuts its faces out, or gives it the reason why there are none."""
+    if picture.reason:
+        return picture
     try:
-        image = read_picture(source)
+        image = read_picture(picture.source)
     except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        return SimpleNamespace(path=source, crops=[], squares=[], reason=reason)
+        picture.reason = getattr(error, "strerror", None) or str(error)
+        return picture
+    if Path(picture.path).suffix.lower() in (".tif", ".tiff"):
+        with suppress(Exception), Image.open(picture.path) as header:
+            if header.n_frames > 1:
+                print(
+                    f"{as_text(picture.path)}: the first of {header.n_frames} pages is read", file=sys.stderr
+                )
     crops = find_crops(image, loaded.detect)
-    return SimpleNamespace(
-        path=source, shape=image.shape, reason=None if crops else "no face found",
-        squares=[resize(crop.pixels, loaded.image_size) for crop in crops],
-        crops=[crop._replace(pixels=None) for crop in crops],  # lest a chunk's photographs stay in memory
-    )  # fmt: skip
+    picture.shape, picture.reason = image.shape, None if crops else "no face found"
+    picture.squares = [resize(crop.pixels, loaded.image_size) for crop in crops]
+    picture.crops = [crop._replace(pixels=None) for crop in crops]  # lest a chunk's photographs stay
+    return picture
 
 
-def score_pictures(paths, loaded, workers):
-    """Yields each picture of `read_faces` with `faces` added: a `Crop`, and what `score` says, of each."""
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    with ThreadPool(max(workers, 1)) as pool:
-        read = lambda chunk: pool.map_async(lambda path: read_faces(path, loaded), chunk, 1)  # noqa: E731
-        coming = read(chunks[0])
-        for index, _ in enumerate(progress(chunks, "faces", unit="chunk")):
-            pictures = coming.get()
-            if index + 1 < len(chunks):
-                coming = read(chunks[index + 1])
-            scores = iter(score(loaded, [square for picture in pictures for square in picture.squares]))
-            for picture in pictures:
-                picture.faces = [(crop, *next(scores)) for crop in picture.crops]
+def score_pictures(pictures, loaded, workers, total=None) -> Iterator[Picture]:
+    """Yields the pictures of an iterator with their `faces`; threads read the next meanwhile."""
+    read = partial(read_faces, loaded)
+    with ThreadPool(max(workers, 1)) as pool, progress(desc="faces", total=total, unit=" pictures") as bar:
+
+        def start_reading():
+            return pool.map_async(read, list(islice(pictures, CHUNK)), 1)
+
+        coming = start_reading()
+        while chunk := coming.get():
+            coming = start_reading()
+            scores = iter(score(loaded, [square for picture in chunk for square in picture.squares]))
+            for picture in chunk:
+                picture.faces = [describe(crop, next(scores), picture.shape) for crop in picture.crops]
                 yield picture
+            bar.update(len(chunk))
 
 
-def table_rows(path, faces):
-    """A row of --csv for each of a picture's faces; what in the name is no text is written as digits."""
-    return [
-        {
-            "file": str(path).encode(errors="backslashreplace").decode(), "face": i,
-            **dict(zip(("x", "y", "width", "height"), crop.box)),
-            "group": GROUP_NAMES[p.argmax()], "predicted_age": None if age is None else round(age, 2),
-            **{f"p{group}": round(float(chance), 6) for group, chance in enumerate(p)},
-        }
-        for i, (crop, p, age, _) in enumerate(faces)
-    ]  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+# What is written
+# ------------------------------------------------------------------------------------------------------------
+
+COLORS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)]
+
+
+def as_text(path):
+    """A path, with what in it is no text, or controls a terminal or a table, as backslashes and digits."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], str(path))
+
+
+def label(face):
+    """What an overlay says of a face: `Young Adult 79 %, about 31, 25 to 38`."""
+    text = f"{face.group} {100 * face.probabilities.max():.0f} %"
+    if face.predicted_age is None:
+        return text
+    if face.too_small:
+        return f"{text}, too small for an age"
+    return f"{text}, about {face.predicted_age:.0f}, {face.age_low:.0f} to {face.age_high:.0f}"
+
+
+def table_rows(picture, loaded):
+    """What is written of a picture: a dict a face, or one with the `reason` why there is none."""
+    about = {
+        "file": as_text(picture.path), "frame": picture.frame, "second": picture.second,
+        "picture": picture.shape and [picture.shape[1], picture.shape[0]], "reason": picture.reason,
+        "model": {"name": loaded.name, "sha256": loaded.sha256},
+    }  # fmt: skip
+    rows = []
+    for i, face in enumerate(picture.faces):
+        row = about | {"face": i, "group": face.group, "box": list(face.box), "score": face.score}
+        row |= {name: getattr(face, name) for name in (*AGES, "too_small")}
+        chances = [round(float(chance), 6) for chance in face.probabilities]
+        row["probabilities"] = dict(zip(GROUP_NAMES, chances))
+        if face.landmarks is not None:
+            row["landmarks"] = dict(zip(LANDMARK_NAMES, face.landmarks.round(1).tolist()))
+        rows.append(row)
+    return rows or [about]
+
+
+def flatten_row(row):
+    """A row of `table_rows` as --csv has it: a number a column, and the same columns for all."""
+    flat = {name: row.get(name) for name in ("file", "frame", "second", "face")}
+    flat |= dict(zip(("x", "y", "width", "height"), row.get("box", [None] * 4)))
+    flat |= {name: row.get(name) for name in ("group", *AGES)}
+    for group, name in enumerate(GROUP_NAMES):
+        flat[f"p{group}"] = row.get("probabilities", {}).get(name)
+    flat |= {name: row.get(name) for name in ("too_small", "reason", "score")}
+    for name in LANDMARK_NAMES:
+        flat[f"{name}_x"], flat[f"{name}_y"] = row.get("landmarks", {}).get(name, (None, None))
+    flat["picture_width"], flat["picture_height"] = row["picture"] or (None, None)
+    return flat | {"model": row["model"]["name"], "model_sha256": row["model"]["sha256"]}
 
 
 def write_json(path, rows):
-    """Writes the rows of `table_rows` as JSON, with the names of the groups."""
-    faces = [
-        {key: row[key] for key in ("file", "face", "group", "predicted_age")}
-        | {"box": [row[key] for key in ("x", "y", "width", "height")]}
-        | {"probabilities": {name: row[f"p{group}"] for group, name in enumerate(GROUP_NAMES)}}
-        for row in rows
-    ]
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(faces, indent=2) + "\n", encoding="utf-8")
+    """Writes the rows of `table_rows` as JSON."""
+    with atomic_path(path, sync=True) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def label(p, age):
-    """What an overlay says of a face: probabilities (6,) and age → `Young Adult 79 %, about 31`."""
-    return f"{GROUP_NAMES[p.argmax()]} {100 * p.max():.0f} %" + ("" if age is None else f", about {age:.0f}")
+def print_table(rows):
+    """Prints a line a face."""
+    names = [row["file"] + ("" if row["frame"] is None else f" {row['second']:.2f} s") for row in rows]
+    width = max(map(len, names))
+    print(
+        f"{'':{width}}  face  {'group':12}   age       80 %" + "".join(f"{name:>13}" for name in GROUP_NAMES)
+    )
+    for name, row in zip(names, rows):
+        age, low, high = (row[name] for name in AGES)
+        age, years = ("", "") if age is None else (f"{age:.0f}", f"{low:.0f}-{high:.0f}")
+        if row["too_small"]:
+            age, years = "?", "too small"
+        chances = "".join(f"{chance:>13.1%}" for chance in row["probabilities"].values())
+        print(f"{name:{width}}  {row['face']:4}  {row['group']:12} {age:>5}  {years:>9}{chances}")
 
 
-def draw_overlay(picture):
-    """A PIL picture with box, outline of the mask and label at each face of a scored picture.
+def draw_faces(image, faces, texts, size=None):
+    """A PIL picture of pixels (H, W, 3) with box, outline of the mask and text at each of its faces.
 
-    Small ones are enlarged, so that the text can be read. Colours stand for groups (Okabe & Ito 2008).
+    Small ones are enlarged, so that the text can be read. Colours stand for groups (Okabe & Ito 2008). size:
+    of the letters, in pixels, where not the face decides.
     """
-    image = read_picture(picture.path)  # decoded again: a chunk of photographs would fill the memory
     scale = max(1, -(-360 // min(image.shape[:2])))
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     line = max(2, round(min(canvas.shape[:2]) / 250))
-    for crop, p, _, mask in picture.faces:
-        if mask is None:
+    colors = [COLORS[GROUP_NAMES.index(face.group)] for face in faces]
+    for face, color in zip(faces, colors):
+        if face.crop_mask is None:
             continue
-        mask = place_mask(mask, crop.warp / [[scale, scale, 1]], canvas.shape).astype(np.uint8)
-        color = COLORS[p.argmax()]
-        canvas[mask > 0] = (0.85 * canvas[mask > 0] + 0.15 * np.array(color)).astype(np.uint8)
-        outline = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
-        cv2.drawContours(canvas, outline, -1, color, line, cv2.LINE_AA)
+        warp = face.warp / [[scale, scale, 1]]
+        part = region(warp, canvas.shape)
+        view, mask = canvas[part], place_mask(face.crop_mask, warp, canvas.shape)[part]
+        view[mask] = (0.85 * view[mask] + 0.15 * np.array(color)).astype(np.uint8)
+        outline = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+        corner = (part[1].start, part[0].start)
+        cv2.drawContours(canvas, outline, -1, color, line, cv2.LINE_AA, offset=corner)
     drawn = Image.fromarray(canvas)
     draw = ImageDraw.Draw(drawn, "RGBA")
-    for crop, p, age, _ in picture.faces:
-        color, text = COLORS[p.argmax()], label(p, age)
-        x, y, width, height = (value * scale for value in crop.box)
-        size = int(np.clip(width / 14, max(13, 4 * line), canvas.shape[0] / 18))
-        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", size)
+    for face, color, text in zip(faces, colors, texts):
+        x, y, width, height = (value * scale for value in face.box)
+        letters = size or int(np.clip(width / 14, max(13, 4 * line), canvas.shape[0] / 18))
+        font = ImageFont.load_default(letters)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        pad = size // 2
+        pad = letters // 2
         wide, high = right - left + 2 * pad + 2 * line, bottom - top + 2 * pad
         draw.rounded_rectangle((x, y, x + width, y + height), 2 * line, outline=color, width=line)
         x, y = x + 2 * line, y - high if y >= high else y + height - high - 2 * line  # above it, or within
-        x, y = min(max(0, x), max(0, canvas.shape[1] - wide)), min(y, canvas.shape[0] - high)
+        x, y = min(max(0, x), max(0, canvas.shape[1] - wide)), min(max(0, y), canvas.shape[0] - high)
         draw.rounded_rectangle((x, y, x + wide, y + high), pad, fill=(20, 20, 20, 200))
         draw.rectangle((x + pad // 2, y + pad, x + pad // 2 + line, y + high - pad), fill=color)
         draw.text((x + pad + 2 * line - left, y + pad - top), text, font=font, fill=(255, 255, 255))
     return drawn
 
 
+def draw_overlay(picture):
+    """A scored picture with its faces and what is said of them, as a PIL picture."""
+    image = read_picture(picture.source)  # decoded again: a chunk of photographs would fill the memory
+    return draw_faces(image, picture.faces, [label(face) for face in picture.faces])
+
+
+def output_path(path, folder, top, ending):
+    """Where what is made of the picture at `path` goes: in `folder`, as the picture lies below `top`.
+
+    A name that would be longer than file systems take, 255 bytes, ends in a hash instead.
+    """
+    stem = path.name.removesuffix(ending)
+    if len(os.fsencode(stem + ending)) > 255:
+        mark = hashlib.blake2b(os.fsencode(stem), digest_size=4).hexdigest()
+        kept = os.fsencode(stem)[: 254 - len(ending) - len(mark)]
+        stem = f"{kept.decode(errors='ignore')}-{mark}"
+    return Path(folder, os.path.relpath(path.parent, top), stem + ending)
+
+
 def overlay_path(path, folder, top):
-    """Where the overlay of the picture at `path` goes: in `folder`, as the picture lies below `top`."""
-    kept = path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # others become PNG
-    return Path(folder, os.path.relpath(path, top) + ("" if kept else ".png"))
+    """Where the overlay of a picture or video goes."""
+    suffix = path.suffix.lower()
+    kept = suffix in (".jpg", ".jpeg", ".png", ".webp", ".mp4")
+    return output_path(path, folder, top, path.suffix if kept else ".mp4" if suffix in VIDEOS else ".png")
 
 
-def write_picture(path, draw, *arguments):
-    """Saves the PIL picture that `draw(*arguments)` gives."""
+def write_picture(path, picture):
+    """Saves a PIL picture, marked so that a later run does not take it for a photograph."""
+    exif = Image.Exif()
+    exif[MADE_BY] = MARK
     with atomic_path(path) as temporary:
-        draw(*arguments).save(temporary, quality=92)
+        picture.save(temporary, quality=92, exif=exif)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# For others: an ONNX file, and a page in the browser
-# ------------------------------------------------------------------------------------------------------------
+@contextmanager
+def open_video(path, rate):
+    """Yields a function that appends a PIL picture to the video at `path`, shown at `rate` a second."""
+    writer = cv2.VideoWriter()
 
+    def append(picture):
+        if not writer.isOpened():
+            writer.open(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, picture.size)
+        writer.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
 
-class ExportedModel(nn.Module):
-    """The model from raw pixels to probabilities, so that whoever runs it needs to know nothing else."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        for name, values in zip(("mean", "std"), common.pixel_statistics(torch.device("cpu"))):
-            self.register_buffer(name, values)
-
-    def forward(self, images):
-        """RGB float32 (B, 3, S, S), values 0–255 → those of `outputs` that the model has learned."""
-        return [part for part in outputs(self.model, (images - self.mean) / self.std) if part is not None]
-
-
-def export(loaded, path):
-    """Writes `ExportedModel` as one ONNX file: `images` in; `probabilities`, `predicted_age`, `masks` out.
-
-    The batch size is free and the side fixed; the names of the groups are in the file's metadata.
-    """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401, which torch's exporter needs
-    except ImportError as error:
-        raise UserError(f"--export needs {error.name}: pip install onnx onnxscript") from None
-    model = ExportedModel(copy.deepcopy(loaded.model).cpu().float()).eval()
-    names = ["probabilities"] + ["predicted_age"] * model.model.by_year
-    names += ["masks"] * (model.model.decoder is not None)
     with atomic_path(path) as temporary:
-        torch.onnx.export(
-            model, (torch.zeros(2, 3, loaded.image_size, loaded.image_size),), temporary,
-            input_names=["images"], output_names=names, dynamo=True,
-            external_data=False, dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
-        )  # fmt: skip
-        graph = onnx.load(temporary)
-        about = "RGB, float32, 0 to 255, aligned face"
-        onnx.helper.set_model_props(graph, {"groups": ",".join(GROUP_NAMES), "input": about})
-        onnx.save(graph, temporary)
+        yield append
+        writer.release()
 
 
-def answer(data, loaded):
-    """What the page shows of an uploaded file's bytes: HTML, of the picture or a reason, and a table's rows.
-
-    The picture is within the HTML, so that no file is left behind.
-    """
-    (picture,) = score_pictures([data or b""], loaded, 1)
-    if picture.reason:
-        return f"<p>This picture cannot be used: {picture.reason}.</p>", []
-    code = base64.b64encode(cv2.imencode(".jpg", np.asarray(draw_overlay(picture))[..., ::-1])[1]).decode()
-    shown = f'<img alt="faces" style="max-height:75vh;max-width:100%" src="data:image/jpeg;base64,{code}">'
-    return shown, [[label(p, age), *(f"{chance:.1%}" for chance in p)] for _, p, age, _ in picture.faces]
-
-
-def serve(loaded, host, port):
-    """Serves a page on which one uploads a picture and sees faces, groups, ages and masks."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+@contextmanager
+def others_go_on(failed):
+    """What cannot be written is noted in the list `failed`, to be named at the end."""
     try:
-        import gradio
-    except ImportError:
-        raise UserError("--serve needs Gradio: pip install 'gradio>=6'") from None
-    wanted = "any photograph" if loaded.detect else "one face, cropped and upright"
-    with gradio.Blocks(title="Age group of a face", delete_cache=(60, 60)) as page:
-        gradio.Markdown(
-            f"# Age group of a face\nGive {wanted}. It stays on the machine that serves this page, and is "
-            "deleted within minutes. What is shown is an estimate."
-        )
-        # Bytes, for `decode_image` alone to touch: Gradio's image widgets decode what they are given.
-        file = gradio.File(label="Picture", type="binary", height=140)
-        shown = gradio.HTML()
-        table = gradio.Dataframe(headers=["faces, from left to right", *GROUP_NAMES], interactive=False)
-        reply = lambda data: (*answer(data, loaded), None)  # noqa: E731, the field is free for the next
-        file.upload(reply, file, [shown, table, file], api_name="predict")
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
-    try:
-        page.launch(server_name=host, server_port=port, max_file_size="20mb", theme=theme, footer_links=[])
-    except OSError as error:
-        raise UserError(f"--port {port} cannot be used ({error}): name another") from None
-    finally:
-        page.close()  # deletes what was uploaded
+        yield
+    except (UserError, ValueError, OSError) as error:
+        failed.append(as_text(error))
+
+
+def write_drawings(pictures, masks, overlay, top, failed) -> Iterator[Picture]:
+    """Passes scored pictures on and writes what belongs into the folders `masks` and `overlay`, if given."""
+    for path, same in groupby(pictures, key=lambda picture: picture.path):  # a video's frames together
+        place, append = overlay and overlay_path(path, overlay, top), None
+        with others_go_on(failed), ExitStack() as video:
+            for picture in same:
+                for i, face in enumerate(picture.faces if masks else []):
+                    number = "" if picture.frame is None else f"_{picture.frame:06}"
+                    with others_go_on(failed):
+                        mask = Image.fromarray(face.mask.astype(np.uint8) * 255)
+                        write_picture(output_path(path, masks, top, f"{number}_{i}_mask.png"), mask)
+                with others_go_on(failed):
+                    if overlay and picture.rate:
+                        append = append or video.enter_context(open_video(place, picture.rate))
+                        append(draw_overlay(picture))
+                    elif overlay and picture.faces:
+                        write_picture(place, draw_overlay(picture))
+                yield picture
+
+
+def choose_checkpoint(named):
+    """The model named, else model.pt where there is one, else the one released; prints which."""
+    checkpoint = named or ("model.pt" if Path("model.pt").is_file() else cli.ROOT / RELEASED)
+    print(f"model: {checkpoint}")
+    return checkpoint
+
+
+def check_outputs(args, paths, top):
+    """UserError if an output cannot be written, or would replace another one or an input."""
+    files = [(flag, getattr(args, flag)) for flag in ("csv", "json") if getattr(args, flag)]
+    for flag, path in files:
+        cli.check_output(f"--{flag}", path)
+    for flag in ("overlay", "masks"):
+        if getattr(args, flag):
+            cli.check_writable(f"--{flag}", getattr(args, flag))
+    if args.overlay:
+        files += [("overlay", overlay_path(path, args.overlay, top)) for path in paths]
+    taken = {os.path.realpath(path): "the pictures" for path in paths}
+    taken |= {os.path.realpath(path): path for path in (args.checkpoint, args.detector) if path}
+    for flag, path in files:
+        place = os.path.realpath(path)
+        if place in taken and not cli.is_special(Path(path)):
+            raise UserError(f"--{flag} {path} would replace {taken[place]}: name another place")
+        taken[place] = f"what --{flag} writes"
 
 
 def get_parser():
     parser = cli.script_parser("predict", __doc__)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="PICTURE", help="pictures, and folders of them")
-    add(
-        "--aligned",
-        action="store_true",
-        help="each picture is one face crop as in UTKFace: find no faces; not with --detector",
-    )
+    # fmt: off
+    add("inputs", nargs="*", metavar="PICTURE", help="pictures, folders of them, and videos")
+    add("--aligned", action="store_true",
+        help="each picture is one face crop as in UTKFace: find no faces; not with --detector")
     add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
     add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
+    add("--detector-score", metavar="S", type=cli.number(float, 0, 1), default=MIN_SCORE,
+        help="how sure the detector must be of a face, 0 to 1")
+    add("--min-face", metavar="N", type=cli.number(int, 10), default=MIN_FACE,
+        help="pixels that a face must be wide; below the default, more are found")
+    add("--every", metavar="N", type=cli.number(int, 1), default=1, help="look at each N-th frame of a video")
     add("--csv", metavar="FILE", help="table to write, a row a face")
     add("--json", metavar="FILE", help="the same as JSON, with the names of the groups")
     add("--overlay", metavar="DIR", help="folder for pictures with faces, groups and ages drawn in")
     add("--masks", metavar="DIR", help="folder for the face masks, as PNG of 0 and 255")
-    add("--export", metavar="FILE.onnx", help="write the model as ONNX")
-    add("--serve", action="store_true", help="serve a page to try it in a browser")
-    add("--host", default="127.0.0.1", help="address that --serve listens on")
-    add("--port", metavar="N", type=cli.number(int, 1, 65535), default=7860, help="port that it listens on")
+    # fmt: on
     cli.add_device_flags(parser)
     return parser
 
 
 def main(args):
-    if not (args.inputs or args.export or args.serve):
-        raise UserError("nothing to do: name pictures or a folder, or give --serve or --export (-h explains)")
+    if not args.inputs:
+        raise UserError("nothing to do: name pictures, videos, or a folder (-h explains)")
     if args.aligned and args.detector:  # here, since either may stand in a YAML
         raise UserError("--aligned and --detector contradict each other: give one")
-    for flag in ("csv", "json", "export", "overlay", "masks"):
-        if getattr(args, flag):
-            check = cli.check_writable if flag in ("overlay", "masks") else cli.check_output
-            check(f"--{flag}", getattr(args, flag))
-    paths = list_pictures(args.inputs, (args.overlay, args.masks))
-    top = os.path.commonpath([os.path.abspath(path.parent) for path in paths]) if paths else "."
-    drawn = {overlay_path(path, args.overlay, top).resolve() for path in paths if args.overlay}
-    if drawn & {path.resolve() for path in paths}:
-        raise UserError(f"--overlay {args.overlay} would replace the pictures: name another folder")
-    checkpoint = args.checkpoint or ("model.pt" if Path("model.pt").is_file() else cli.shipped(RELEASED))
-    print(f"model: {checkpoint}")
-    without = args.aligned or not (paths or args.serve)  # --export alone needs no detector
-    loaded = load(checkpoint, args.detector, without, args.device, args.precision)
+    paths, unreadable = list_pictures(args.inputs, [path for path in (args.overlay, args.masks) if path])
+    top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+    check_outputs(args, paths, top)
+    loaded = load(
+        choose_checkpoint(args.checkpoint), args.detector, args.aligned, args.device, args.precision,
+        args.detector_score, args.min_face,
+    )  # fmt: skip
     if args.masks and loaded.model.decoder is None:
-        raise UserError(f"--masks: {checkpoint} has learned no masks; train one with finetune.py --multitask")
-    if args.export:
-        export(loaded, args.export)
-        print(f"{args.export} written: {loaded.image_size} px, {', '.join(GROUP_NAMES)}")
-    if args.serve:
-        serve(loaded, args.host, args.port)
-    if not paths:
-        return
+        raise UserError(
+            f"--masks: {loaded.name} has learned no masks; train one with finetune.py --multitask"
+        )
 
-    rows, skipped, failed = [], [], []
+    failed, rows = [], []
+    for path, reason in unreadable.items():
+        rows += table_rows(Picture(path, path, reason=reason), loaded)
+    total = None if any(path.suffix.lower() in VIDEOS for path in paths) else len(paths)
+    scored = score_pictures(open_pictures(paths, args.every), loaded, args.workers, total)
+    for picture in write_drawings(scored, args.masks, args.overlay, top, failed):
+        rows += table_rows(picture, loaded)
+    written = [folder for folder in (args.overlay, args.masks) if folder]
+    for path, write in ((args.csv, write_csv), (args.json, write_json)):
+        with others_go_on(failed):
+            if path:
+                write(path, rows if write is write_json else [flatten_row(row) for row in rows])
+                written.append(path)
 
-    def attempt(write, *arguments):  # what cannot be written is named at the end, and the rest is done
-        try:
-            write(*arguments)
-            return True
-        except (UserError, ValueError, OSError) as error:
-            failed.append(f"failed: {error}\n")
-            return False
-
-    for picture in score_pictures(paths, loaded, args.workers):
-        if picture.reason:
-            skipped.append(f"skipped {picture.path}: {picture.reason}\n")
-            continue
-        rows += table_rows(picture.path, picture.faces)
-        for i, (crop, _, _, mask) in enumerate(picture.faces if args.masks else []):
-            place = Path(args.masks, f"{os.path.relpath(picture.path, top)}_{i}_mask.png")
-            mask = place_mask(mask, crop.warp, picture.shape).astype(np.uint8) * 255
-            attempt(write_picture, place, Image.fromarray, mask)
-        if args.overlay:
-            attempt(write_picture, overlay_path(picture.path, args.overlay, top), draw_overlay, picture)
-    sys.stderr.writelines(skipped)
-    if not rows:
+    faces = [row for row in rows if row["reason"] is None]
+    skipped = [row for row in rows if row["reason"] is not None]
+    for row in skipped:
+        if row["frame"] is None:
+            print(f"skipped {row['file']}: {row['reason']}", file=sys.stderr)
+    if not faces:
         hint = "" if args.aligned else "; if each is one face crop, give --aligned"
-        raise UserError(f"none of {len(paths)} pictures holds a face that can be read{hint}")
-    width = max(len(row["file"]) for row in rows)
-    print(f"{'':{width}}  face  {'group':12}   age" + "".join(f"{name:>13}" for name in GROUP_NAMES))
-    for row in rows:
-        age = "" if row["predicted_age"] is None else f"{row['predicted_age']:.0f}"
-        chances = "".join(f"{row[f'p{group}']:>13.1%}" for group in range(len(GROUP_NAMES)))
-        print(f"{row['file']:{width}}  {row['face']:4}  {row['group']:12}  {age:>4}{chances}")
-    tables = ((args.csv, write_csv), (args.json, write_json))
-    tables = [path for path, write in tables if path and attempt(write, path, rows)]
-    named = ", ".join(filter(None, (*tables, args.overlay, args.masks)))
-    written = f"; written: {named}" if named else ""
-    print(f"{len(rows)} faces in {len(paths) - len(skipped)} pictures, {len(skipped)} skipped{written}")
+        raise UserError(f"none of {len(rows)} pictures holds a face that can be read{hint}")
+    print_table(faces)
+    pictures = len({(row["file"], row["frame"]) for row in faces})
+    named = f"; written: {', '.join(written)}" if written else ""
+    print(f"{len(faces)} faces in {pictures} pictures, {len(skipped)} skipped{named}")
+    for reason in failed:
+        print(f"failed: {reason}", file=sys.stderr)
     if failed:
-        sys.stderr.writelines(failed)
         sys.exit(1)
 
 

@@ -1,0 +1,112 @@
+"""tools/export.py: the ONNX file says what PyTorch says, tells how to use it, and gives nothing away."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import export
+import predict
+from conftest import ROOT, script_path
+from test_predict import write_model
+from utkface import AGE_GROUPS, GROUP_NAMES
+
+NAMES = ["probabilities", "predicted_age", "age_low", "age_high", "masks"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with model.pt and, from the command line, m.onnx."""
+    folder = tmp_path_factory.mktemp("export")
+    write_model(folder / "model.pt")
+    command = [sys.executable, script_path("export"), "--out", "m.onnx"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and "m.onnx written: 64 px, Infant" in done.stdout
+    return folder
+
+
+def test_it_runs_elsewhere(exported):
+    """OpenCV and onnxruntime give what PyTorch gives, for batches of any size, from one file."""
+    loaded = predict.load(exported / "model.pt", aligned=True, device="cpu")
+    session = onnxruntime.InferenceSession(exported / "m.onnx")
+    assert [output.name for output in session.get_outputs()] == NAMES
+    network = cv2.dnn.readNetFromONNX(str(exported / "m.onnx"))
+    for count in (1, 3):
+        crops = np.random.default_rng(count).integers(0, 256, (count, 64, 64, 3), np.uint8)
+        expected = predict.score(loaded, list(crops))
+        images = crops.transpose(0, 3, 1, 2).astype(np.float32)
+        network.setInput(images, "images")
+        for found in (session.run(NAMES, {"images": images}), network.forward(NAMES)):
+            for name, part in zip(NAMES, found):
+                wanted = np.stack([said[name] for said in expected])
+                assert np.abs(part.reshape(wanted.shape) - wanted).max() < 1e-3, name
+
+
+def test_metadata_say_how_to_use_it(exported):
+    said = {prop.key: prop.value for prop in onnx.load(exported / "m.onnx").metadata_props}
+    assert said["groups"].split(",") == GROUP_NAMES
+    assert {name: tuple(years) for name, years in json.loads(said["group_years"]).items()} == AGE_GROUPS
+    landmarks = json.loads(said["landmarks"])
+    assert landmarks["right_eye"] == [0.3, 0.3] and list(landmarks)[-1] == "left_mouth"
+    assert "RGB" in said["input"] and "not 0 to 1" in said["input"] and "64 x 64" in said["input"]
+    assert said["mask_threshold"] == "0.5" and "years" in said["age_unit"] and "UTKFace" in said["licence"]
+
+
+def test_no_path_of_this_machine_is_in_it(exported):
+    data = (exported / "m.onnx").read_bytes()
+    for words in (b".py", b"site-packages", str(ROOT).encode(), str(exported).encode()):
+        assert words not in data
+
+
+def test_a_model_of_groups_alone(tmp_path):
+    path = write_model(tmp_path / "plain.pt", multitask=False, age_sigma=0)
+    plain = predict.load(path, aligned=True, device="cpu").model
+    assert len(export.ExportedModel(plain).eval()(torch.zeros(1, 3, 64, 64))) == 1
+    assert not {"mask_threshold", "age_unit"} & set(export.metadata(plain, 64))
+
+
+def test_what_stands_in_the_way_is_one_line(exported, tmp_path, refuse, monkeypatch):
+    flags = ["--checkpoint", exported / "model.pt", "--out", tmp_path / "m.onnx"]
+    refuse("export", *flags[:2], "--out", tmp_path, words=["--out", "is a folder"])
+    refuse("export", "--checkpoint", tmp_path / "no.pt", words=["no.pt is not there"])
+
+    def broken(*_, **__):
+        raise AttributeError("module 'onnxscript' has no attribute 'x'\nand more")
+
+    monkeypatch.setattr(export.torch.onnx, "export", broken)
+    refuse("export", *flags, words=["AttributeError", "onnxscript 0.", "pip install -U torch onnxscript"])
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    refuse("export", *flags, words=["onnxscript", "pip install onnx onnxscript"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_example_in_python_runs(exported, tmp_path):
+    """docs/onnx.md, on a drawn face; it needs neither PyTorch nor this project."""
+    [code] = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/onnx.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    shutil.copy(exported / "m.onnx", tmp_path / "model.onnx")
+    shutil.copy(next((ROOT / "docs").glob("25_*.jpg")), tmp_path / "face.jpg")
+    (tmp_path / "run.py").write_text(code)
+    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (face,) = predict.predict(
+        predict.load(exported / "model.pt", aligned=True, device="cpu"),
+        cv2.cvtColor(cv2.imread(str(tmp_path / "face.jpg")), cv2.COLOR_BGR2RGB),
+    )
+    assert face.group in done.stdout and f"about {face.predicted_age:.0f}" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no Node.js here")
+def test_the_example_in_javascript_can_be_read(tmp_path):
+    [code] = re.findall(r"```js\n(.*?)```", (ROOT / "docs/onnx.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "run.mjs").write_text(code)
+    subprocess.run(["node", "--check", "run.mjs"], cwd=tmp_path, check=True)

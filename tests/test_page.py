@@ -1,0 +1,126 @@
+"""tools/page.py: what the page shows of an upload, and that it keeps none."""
+
+import base64
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import page
+import predict
+from conftest import script_path
+from test_faces import photograph, stand_in_detector
+from test_predict import PLACES, write_model
+
+pytest.importorskip("gradio_client", exc_type=ModuleNotFoundError)
+from gradio_client import Client, handle_file
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model and a detector."""
+    folder = tmp_path_factory.mktemp("page")
+    return write_model(folder / "model.pt"), stand_in_detector(folder / "yunet.onnx")
+
+
+@pytest.fixture(scope="module")
+def client(files, tmp_path_factory):
+    """A client of the page, in a process of its own, and the folder where uploads lie."""
+    folder = tmp_path_factory.mktemp("served")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", script_path("page"), "--port", port, "--checkpoint", files[0]]
+    command += ["--detector", files[1]]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": folder}
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder / "uploads"), "TORCH_HOME": str(folder)}
+    process = subprocess.Popen(list(map(str, command)), env=environment, **options)
+    try:
+        lines = iter(process.stdout.readline, "")
+        assert any("Running on local URL" in line for line in lines)
+        yield Client(f"http://127.0.0.1:{port}", verbose=False), folder / "uploads"
+    finally:
+        process.terminate()
+        said = process.communicate()[0]
+    assert "Traceback" not in said
+    assert uploads(folder / "uploads") == []  # the last are deleted with the page
+
+
+def uploads(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".png", ".gif")]
+
+
+def test_a_card_a_face_and_no_copies(client, files, tmp_path):
+    client, folder = client
+    picture, _ = photograph(PLACES)
+    faces = predict.predict(predict.load(*files, device="cpu"), picture)
+    forms = {"p.png": picture, "a.png": np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)])}
+    for name, pixels in forms.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+        shown, again = client.predict(handle_file(str(tmp_path / name)), api_name="/predict")
+        assert again is None  # the field is free
+        code = re.search('src="data:image/jpeg;base64,([^"]*)"', shown)[1]
+        assert Image.open(io.BytesIO(base64.b64decode(code))).size == (800, 608)
+        cards = re.findall("<p.*?</p>", shown)
+        assert len(cards) == 2
+        for i, (card, face) in enumerate(zip(cards, faces), 1):
+            assert f"<b>{i}. {face.group}</b>, {face.probabilities.max():.0%}" in card
+            assert f"about {face.predicted_age:.0f} years old" in card
+            assert f"between {face.age_low:.0f} and {face.age_high:.0f}" in card
+            assert f"rgb{predict.COLORS[predict.GROUP_NAMES.index(face.group)]}" in card
+    assert {path.read_bytes() for path in uploads(folder)} <= {(tmp_path / n).read_bytes() for n in forms}
+
+
+def test_it_says_why_it_refuses(client, tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    Image.new("RGB", (80, 80), (90, 90, 90)).save(tmp_path / "grey.png")
+    for name, reason in (
+        ("huge.png", "above 100 million"),
+        ("empty.jpg", "unreadable image"),
+        ("photo.heic", "unreadable image"),
+        ("grey.png", "no face found"),
+    ):
+        shown, _ = client[0].predict(handle_file(str(tmp_path / name)), api_name="/predict")
+        assert "This picture cannot be used" in shown and reason in shown and "<img" not in shown
+
+
+def test_it_refuses_large_files(client):
+    boundary = "x" * 20
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+    body = head.encode() + bytes(21 * 2**20) + f"\r\n--{boundary}--\r\n".encode()
+    content = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    request = urllib.request.Request(f"{client[0].src}gradio_api/upload", body, content)
+    with pytest.raises(OSError) as refused:  # HTTP status 413, or the connection is closed on us
+        urllib.request.urlopen(request)
+    assert getattr(refused.value, "code", 413) == 413
+
+
+def test_the_page_itself(client):
+    """Phones offer the camera, and groups, limits and examples stand there."""
+    text = str(client[0].config)
+    assert "'file_types': ['image']" in text and text.count("'Example'") == 2
+    for words in ("Infant 0–4", "Older Adult 65 and above", "one group in four is wrong"):
+        assert words in text
+
+
+def test_small_faces_have_no_age(files):
+    picture, _ = photograph(PLACES)
+    (face, _) = predict.predict(predict.load(*files, device="cpu"), picture)
+    face.too_small = True
+    assert "too small" in page.card(1, face) and "about" not in page.card(1, face)
+
+
+def test_flags(files, refuse, monkeypatch):
+    refuse("page", "--aligned", "--detector", "y.onnx", words=["--aligned", "--detector"])
+    refuse("page", "--port", 70000, words=["--port"])
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    refuse("page", "--checkpoint", files[0], "--aligned", words=["pip install 'gradio>=6'"])

@@ -1,0 +1,138 @@
+"""Serves a page in the browser: one gives a picture and sees its faces, their age groups and ages.
+
+python tools/page.py                             # http://127.0.0.1:7860
+python tools/page.py --host 0.0.0.0 --port 8000  # for others in the network as well
+"""
+
+import base64
+import html
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli
+from cli import UserError
+from predict import COLORS, Picture, choose_checkpoint, draw_faces, load, read_picture, score_pictures
+from utkface import AGE_GROUPS, GROUP_NAMES
+
+EXAMPLES = [next(cli.ROOT.glob(f"docs/{age}_*.jpg")) for age in (10, 65)]  # drawn
+LONGEST = 1600  # pixels of the picture shown, which travels to a phone
+PHONE = 24  # letters of a picture's width over this can be read where it is 390 pixels wide
+ABOUT = """
+Groups: {groups}. An age is an estimate of how old a face looks: one group in four is wrong, and it must not
+decide anything about a person. The picture stays on the machine that serves this page, and is deleted within
+minutes."""
+STYLE = """
+.faces img {width: 100%; max-height: 75vh; object-fit: contain}
+.faces p {border-left: 8px solid; padding: 2px 12px; margin: 12px 0; font-size: 17px; line-height: 1.5}
+"""
+# Pasting works like choosing a file, and until its answer comes, or if it is refused, no old one is shown.
+SCRIPT = """<script>
+const show = how => document.querySelector("#answer").style.display = how;
+document.addEventListener("change", event => event.target.type === "file" && show("none"), true);
+document.addEventListener("drop", () => show("none"), true);
+document.addEventListener("paste", event => {
+    const field = document.querySelector("#picture input[type=file]");
+    if (!field || !event.clipboardData.files.length) return;
+    field.files = event.clipboardData.files;
+    field.dispatchEvent(new Event("change", {bubbles: true}));
+});
+</script>"""
+
+
+def card(number, face):
+    """HTML of what is said of a face: its number, group and chance, and years."""
+    color = "rgb({}, {}, {})".format(*COLORS[GROUP_NAMES.index(face.group)])
+    text = f"<b>{number}. {face.group}</b>, {face.probabilities.max():.0%}"
+    if face.too_small:
+        text += "<br>too small for its age to be read"
+    elif face.predicted_age is not None:
+        text += f"<br>about {face.predicted_age:.0f} years old, between {face.age_low:.0f} and "
+        text += f"{face.age_high:.0f} with a probability of 80 %"
+    return f'<p style="border-color: {color}">{text}</p>'
+
+
+def answer(data, loaded):
+    """What the page shows of an uploaded file's bytes, as HTML: the picture with a card a face, or a reason.
+
+    The picture is within the HTML, so that no file is left behind.
+    """
+    (picture,) = score_pictures(iter([Picture(Path("upload"), data or b"")]), loaded, 1)
+    if picture.reason:
+        return f"<p>This picture cannot be used: {html.escape(picture.reason)}.</p>"
+    image, numbers = read_picture(picture.source), range(1, len(picture.faces) + 1)
+    drawn = np.asarray(draw_faces(image, picture.faces, map(str, numbers), max(13, image.shape[1] // PHONE)))
+    scale = min(1, LONGEST / max(drawn.shape))
+    small = cv2.resize(drawn, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    code = base64.b64encode(cv2.imencode(".jpg", small[..., ::-1])[1]).decode()
+    cards = "".join(map(card, numbers, picture.faces))
+    return f'<div class="faces"><img alt="faces" src="data:image/jpeg;base64,{code}">{cards}</div>'
+
+
+def serve(loaded, host, port):
+    """Serves the page until it is stopped; UserError if Gradio is missing or the port is taken."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("this needs Gradio: pip install 'gradio>=6'") from None
+    wanted = "any photograph" if loaded.detect else "one face, cropped and upright"
+    groups = [f"{name} {first}–{last}" for name, (first, last) in AGE_GROUPS.items()]
+    with gradio.Blocks(title="Age group of a face", delete_cache=(60, 60)) as page:
+        gradio.Markdown(f"# Age group of a face\nGive {wanted}: choose, drop or paste it.")
+        # Bytes, for `decode_image` alone to touch: Gradio's image widgets decode what they are given.
+        file = gradio.File(
+            label="Picture", type="binary", file_types=["image"], height=140, elem_id="picture"
+        )
+        with gradio.Row():
+            buttons = [gradio.Button("Example", icon=path, size="sm") for path in EXAMPLES]
+        shown = gradio.HTML(elem_id="answer")
+        gradio.Markdown(ABOUT.format(groups=", ".join(groups).replace("–999", " and above")))
+
+        def reply(data):
+            return answer(data, loaded), None  # the field is free for the next
+
+        again = {"fn": None, "js": "() => show('')"}
+        file.upload(reply, file, [shown, file], api_name="predict").then(**again)
+        for button, path in zip(buttons, EXAMPLES):
+            button.click(partial(reply, path.read_bytes()), None, [shown, file]).then(**again)
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
+    try:
+        page.launch(
+            server_name=host, server_port=port, max_file_size="20mb", theme=theme, footer_links=[], css=STYLE,
+            head=SCRIPT,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"--port {port} cannot be used ({error}): name another") from None
+    finally:
+        page.close()  # deletes what was uploaded
+
+
+def get_parser():
+    parser = cli.script_parser("page", __doc__)
+    # fmt: off
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
+    add("--aligned", action="store_true", help="pictures are face crops as in UTKFace: find no faces")
+    add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", metavar="N", type=cli.number(int, 1, 65535), default=7860, help="port to listen on")
+    # fmt: on
+    cli.add_device_flags(parser)
+    return parser
+
+
+def main(args):
+    if args.aligned and args.detector:  # here, since either may stand in a YAML
+        raise UserError("--aligned and --detector contradict each other: give one")
+    checkpoint = choose_checkpoint(args.checkpoint)
+    serve(load(checkpoint, args.detector, args.aligned, args.device, args.precision), args.host, args.port)
+
+
+if __name__ == "__main__":
+    cli.run(main, get_parser())
