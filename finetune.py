@@ -116,7 +116,8 @@ def main(args):
     faces = [face for folder in folders for face in list_pairs(folder, need_masks=args.multitask)]
     check_batch_size(args.batch_size, len(faces))
     ends = [age for face in faces for age in (face.age - face.spread, face.age + face.spread)]
-    missing = [name for group, name in enumerate(GROUP_NAMES) if group not in age_to_group(ends)]
+    there = set(age_to_group(ends).tolist())
+    missing = [name for group, name in enumerate(GROUP_NAMES) if group not in there]
     if missing:
         lack = f"{train} holds no face of {', '.join(missing)}"
         if not args.age_sigma:

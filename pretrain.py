@@ -9,8 +9,6 @@ of one face (SimCLR). Writes the backbone alone to --out, and beside it a histor
 for --resume.
 """
 
-import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -80,17 +78,6 @@ def contrastive_loss(model, batch, args):
     return loss[None]
 
 
-def warn_of_odd_start(first_loss, batch_size):
-    """At random weights no pair stands out yet, so NT-Xent starts near log(2N−1), or is miswired."""
-    expected = math.log(2 * batch_size - 1)
-    if abs(first_loss - expected) > 0.25 * expected:
-        print(
-            f"warning: the first loss, {first_loss:.2f}, is more than 25 % off log(2N-1) = {expected:.2f}: "
-            "check the augmentation and --temperature",
-            file=sys.stderr,
-        )
-
-
 def get_parser():
     parser = training_parser(
         "pretrain", __doc__, out="contrastive.pt", init="random", epochs=100, batch_size=256
@@ -122,8 +109,6 @@ def main(args):
         start = time.perf_counter()
         losses = train_one_epoch(training, partial(contrastive_loss, args=args))[:, 0]
         seconds = time.perf_counter() - start
-        if epoch == 0 and args.positives == "view" and args.init == "random":
-            warn_of_odd_start(losses[0].item(), args.batch_size)
         loss, lr = losses.mean().item(), training.scheduler.get_last_lr()[0]
         speed = len(losses) * args.batch_size / seconds
         print(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, {seconds:.0f} s, {speed:.0f} faces/s")

@@ -24,52 +24,30 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 
-from cli import (
-    Parser,
-    UserError,
-    add_device_flags,
-    atomic_path,
-    beside,
-    check_writable,
-    checkpoint_path,
-    image_side,
-    number,
-    progress,
-    script_parser,
-    settings_of,
-    shipped,
-    write_csv,
-)
+import cli
+from cli import UserError
 from common import FaceDataset, all_finite, load_checkpoint, save_checkpoint, to_input
-from devices import (
-    autocast,
-    choose_device,
-    choose_precision,
-    copy_to,
-    mean_over_ranks,
-    rank,
-    world_size,
-)
+from devices import autocast, choose_device, choose_precision, copy_to, mean_over_ranks, rank, world_size
 
 
-def training_parser(script: str, description: str, **defaults) -> Parser:
+def training_parser(script: str, description: str, **defaults) -> cli.Parser:
     """A parser with the flags that pretrain.py and finetune.py share; defaults for five of them."""
-    parser = script_parser(script, description)
+    parser = cli.script_parser(script, description)
     # fmt: off
     add = parser.add_argument
-    whole, rate = number(int, low=1), number(float, above=0)
+    whole, rate = cli.number(int, low=1), cli.number(float, above=0)
     add("--data", default="dataset/processed_split", help="folder written by split.py")
-    add("--out", type=checkpoint_path, help="checkpoint to write; history and curves go beside it")
+    add("--out", type=cli.checkpoint_path, help="checkpoint to write; history and curves go beside it")
     add("--init", help="where the backbone starts: random, imagenet, or a checkpoint file")
     add("--epochs", metavar="N", type=whole, help="passes over the faces")
-    add("--batch-size", metavar="N", type=number(int, low=2), help="faces a step, of all processes")
+    add("--batch-size", metavar="N", type=cli.number(int, low=2), help="faces a step, of all processes")
     add("--lr", type=rate, default=1e-3, help="peak learning rate of AdamW")
-    add("--weight-decay", metavar="W", type=number(float, low=0), default=0.05, help="of AdamW")
-    add("--image-size", metavar="PX", type=image_side, default=128, help="side in pixels, a multiple of 32")
+    add("--weight-decay", metavar="W", type=cli.number(float, low=0), default=0.05, help="of AdamW")
+    add("--image-size", metavar="PX", type=cli.image_side, default=128, help="side, a multiple of 32")
     add("--final", action="store_true", help="learn from train and val, and keep the last epoch")
     add("--resume", action="store_true", help="continue from the .last.pt file beside --out")
     # fmt: on
-    add_device_flags(parser, precision="auto")
+    cli.add_device_flags(parser, precision="auto")
     parser.set_defaults(**defaults)
     return parser
 
@@ -254,7 +232,7 @@ class Training:
 
 def last_path(out: str | Path) -> Path:
     """`model.pt` → `model.last.pt`, where the state of an unfinished run is kept."""
-    return beside(out, ".last.pt")
+    return cli.beside(out, ".last.pt")
 
 
 def open_run(args: argparse.Namespace, kind: str) -> dict | None:
@@ -262,10 +240,10 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
 
     A finished run with the same settings counts as one to continue: nothing is left to train.
     """
-    out, last, start = Path(args.out), last_path(args.out), shipped(args.init)
+    out, last, start = Path(args.out), last_path(args.out), cli.shipped(args.init)
     # A file behind --init counts by what is in it, so its hash is a setting.
     args.init_sha256 = hashlib.sha256(start.read_bytes()).hexdigest() if start.is_file() else None
-    check_writable("--out", out.parent)
+    cli.check_writable("--out", out.parent)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file in it, such as {out / f'{kind}.pt'}")
     if not rank():
@@ -285,7 +263,7 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
             print(f"no {last}: starting from the beginning")
         return None
     state = load_checkpoint(last, f"{kind}.last")
-    difference = describe_difference(state["config"], settings_of(args))
+    difference = describe_difference(state["config"], cli.settings_of(args))
     if difference:
         raise UserError(f"{last} was made with {difference}: --overwrite starts again")
     args.init_sha256 = state["config"].get("init_sha256")
@@ -301,9 +279,9 @@ def describe_difference(old: dict, new: dict) -> str | None:
     A flag that there was not yet was off. Faces are compared by their pixels, once they have been read.
     """
     for key in sorted((old.keys() | new.keys()) - {"data", "init", "init_sha256"}):
-        before, now = old.get(key) or None, new.get(key) or None
-        if before != now:
-            return f"--{key.replace('_', '-')} {'off' if before is None else before}, not {now or 'off'}"
+        before, now = (settings.get(key, "off") for settings in (old, new))
+        if (before or "off") != (now or "off"):
+            return f"--{key.replace('_', '-')} {before}, not {now}"
     before, now = old.get("init_sha256"), new["init_sha256"]
     if before and now:
         return None if before == now else f"another file behind --init {new['init']}"
@@ -350,7 +328,7 @@ def begin_training(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
         torch.backends.cudnn.benchmark = True  # pays for pictures of one size
-    settings = {key: value for key, value in settings_of(args).items() if key not in ("data", "init")}
+    settings = {key: value for key, value in cli.settings_of(args).items() if key not in ("data", "init")}
     check_ranks_agree(
         {
             "epochs done": state.get("epoch") if state else 0,
@@ -375,7 +353,9 @@ def begin_training(
             same = torch.equal(state["hashes"], dataset.hashes)
             training.load_state_dict(state)
         except Exception:  # what a damaged file raises depends on where it is damaged
-            raise UserError(f"{last} does not fit the model: --overwrite starts again") from None
+            raise UserError(
+                f"{last} does not fit the model, or is of an older version: --overwrite starts again"
+            ) from None
         if not same:
             raise UserError(
                 f"{last} learned from other faces than {args.data} holds: --overwrite starts again"
@@ -397,7 +377,7 @@ def train_one_epoch(training: Training, compute_losses) -> Tensor:
     t, losses, recent = training, [], []
     t.network.train()
     t.loader.batch_sampler.epoch = t.epoch
-    for batch in progress(t.loader, f"epoch {t.epoch + 1}/{t.args.epochs}", unit="step"):
+    for batch in cli.progress(t.loader, f"epoch {t.epoch + 1}/{t.args.epochs}", unit="step"):
         with autocast(t.device, t.dtype):
             values = compute_losses(t.network, to_device(batch, t.device))  # K
         t.scaler.scale(values[0]).backward()
@@ -443,7 +423,7 @@ def finish_epoch(training: Training, row: dict):
     t.epoch += 1
     if not rank():
         save_checkpoint(last_path(t.args.out), f"{t.kind}.last", t.args, **t.state_dict())
-        write_csv(beside(t.args.out, ".csv"), t.history)
+        cli.write_csv(cli.beside(t.args.out, ".csv"), t.history)
     if t.epoch == t.args.epochs:
         t.loader = None  # its workers end now, lest torch report that they were killed at exit
 
@@ -471,5 +451,5 @@ def plot_history(path: str | Path, history: list[dict], panels: dict[str, list[s
         axis.grid(alpha=0.3)
         if len(columns) > 1:
             axis.legend()
-    with atomic_path(path) as temporary:
+    with cli.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -7,7 +7,7 @@ import torch
 import pretrain
 from common import load_checkpoint
 from conftest import FAST, noise_pairs
-from pretrain import ContrastiveResNet18, contrastive_loss, warn_of_odd_start
+from pretrain import ContrastiveResNet18, contrastive_loss
 
 
 @pytest.mark.parametrize("positives", ["rank", "age", "view"])
@@ -66,13 +66,6 @@ def test_starts_from_what_init_names(drawn, tmp_path, cli):
     key = "backbone.layer4.1.conv2.weight"
     assert torch.allclose(a["weights"][key], b["weights"][key], atol=1e-6)
     assert b["pretraining"]["seed"] == 1 and len(b["config"]["init_sha256"]) == 64
-
-
-def test_odd_start_is_reported(capsys):
-    warn_of_odd_start(1.1 * math.log(31), 16)
-    assert capsys.readouterr().err == ""
-    warn_of_odd_start(0.7 * math.log(31), 16)
-    assert "warning" in capsys.readouterr().err
 
 
 def test_bad_input(drawn, tmp_path, refuse):

@@ -238,7 +238,7 @@ def test_what_may_be_continued(drawn, tmp_path, cli, refuse, monkeypatch):
     refuse(*run, words=["--resume", "--overwrite"])
     refuse(*run, "--resume", "--epochs", 3, words=["--epochs 2, not 3", "--overwrite"])
     refuse(*run, "--resume", "--lr", 0.5, words=["--lr"])
-    refuse(*run, "--resume", "--seed", 1, words=["--seed off, not 1", "--overwrite"])
+    refuse(*run, "--resume", "--seed", 1, words=["--seed 0, not 1", "--overwrite"])
     # Pretrained again under the same name, with another result.
     shutil.copy("c.pt", "kept.pt")
     again = ["--epochs", 1, "--seed", 1, "--out", "c.pt", "--overwrite"]
