@@ -19,7 +19,14 @@ import finetune
 import pretrain
 from common import FaceDataset, load_checkpoint
 from conftest import FAST, noise_pairs
-from training import EpochBatches, begin_training, to_device, train_one_epoch, warmup_cosine
+from training import (
+    EpochBatches,
+    begin_training,
+    describe_difference,
+    to_device,
+    train_one_epoch,
+    warmup_cosine,
+)
 
 CPU = torch.device("cpu")
 
@@ -129,65 +136,45 @@ def test_copies_wait_unless_pinned_to_cuda(monkeypatch):
     assert asked == [False, False, False, False, True, False]
 
 
-def stop_in_epoch(monkeypatch, module, epoch):
-    """Ctrl-C at the beginning of an epoch (the first is 1)."""
-    train = module.train_one_epoch
+@pytest.fixture
+def epochs(monkeypatch):
+    """Training without its steps; a list of the epochs, and Ctrl-C at those that are put into `stop_at`."""
 
-    def stopped(training, *args):
-        if training.epoch + 1 == epoch:
+    def train(training, _):
+        if training.epoch + 1 == done.stop_at:
             raise KeyboardInterrupt
-        return train(training, *args)
+        done.append(training)
+        return torch.ones(2, 3)
 
-    monkeypatch.setattr(module, "train_one_epoch", stopped)
+    class Epochs(list):
+        stop_at = None
+
+    done = Epochs()
+    for module in (pretrain, finetune):
+        monkeypatch.setattr(module, "train_one_epoch", train)
+    return done
 
 
-def test_a_look_into_the_state_after_one_epoch_of_two(drawn, tmp_path, cli, monkeypatch):
-    begun = []
-
-    def begin(*args):
-        training = begin_training(*args)
-        begun.append({key: value.clone() for key, value in training.model.state_dict().items()})
-        begun.append(training.loader)
-        return training
-
-    monkeypatch.setattr(finetune, "begin_training", begin)
-    stop_in_epoch(monkeypatch, finetune, 2)
-    flags = [
-        "--data",
-        drawn / "dataset/processed_split",
-        "--out",
-        tmp_path / "m.pt",
-        *FAST,
-        "--init",
-        "random",
-    ]
-    flags += ["--epochs", 2, "--lr", 0.01, "--lr-strategy", "differentiated", "--backbone-lr-scale", 0.2]
-    flags += ["--weight-decay", 0.3, "--ema", 0.9, "--multitask", "--seed", 5]
+def test_flags_reach_the_training(drawn, tmp_path, cli, epochs):
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 2]
+    flags += ["--out", tmp_path / "m.pt", "--lr", 0.01, "--lr-strategy", "differentiated", "--ema", 0.9]
+    flags += ["--backbone-lr-scale", 0.2, "--weight-decay", 0.3, "--multitask", "--seed", 5]
+    epochs.stop_at = 2
     assert cli("finetune", *flags)[0] == 130
-    state, start, loader = load_checkpoint(tmp_path / "m.last.pt", "model.last"), *begun
-    groups = {group["name"]: group for group in state["optimizer"]["param_groups"]}
+    [training] = epochs
+    groups = {group["name"]: group for group in training.optimizer.param_groups}
     rates = {name: (group["initial_lr"], group["weight_decay"]) for name, group in groups.items()}
     assert rates == {
         "backbone": (pytest.approx(0.002), 0.3), "backbone, no decay": (pytest.approx(0.002), 0.0),
         "heads": (0.01, 0.3), "heads, no decay": (0.01, 0.0),
     }  # fmt: skip
-    steps = len(loader)
-    assert state["epoch"] == 1 and state["scheduler"]["last_epoch"] == steps
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
-    scheduler = warmup_cosine(optimizer, 2 * steps)  # over both epochs
-    for _ in range(steps):
-        optimizer.step()
-        scheduler.step()
-    assert groups["heads"]["lr"] == pytest.approx(scheduler.get_last_lr()[0])
-    assert 0.003 < groups["heads"]["lr"] < 0.007
-    # The average lies between start and end, and near the end, since it starts short.
-    assert state["ema"]["n_averaged"] == steps
-    key = "backbone.layer1.0.conv1.weight"
-    end, average = state["model"][key], state["ema"]["module." + key]
-    assert 0 < (average - end).norm() < 0.7 * (start[key] - end).norm()
-    assert (average - start[key]).norm() > 0
-    # Order and augmentation follow --seed.
-    assert loader.batch_sampler.seed == loader.dataset.seed == 5 and loader.dataset.augment is not None
+    for _ in range(2 * len(training.loader)):  # the rates end with the last epoch
+        assert groups["heads"]["lr"] > 0
+        training.optimizer.step()
+        training.scheduler.step()
+    assert groups["heads"]["lr"] == pytest.approx(0, abs=1e-9)
+    assert training.loader.batch_sampler.seed == training.loader.dataset.seed == 5
+    assert load_checkpoint(tmp_path / "m.last.pt", "model.last")["epoch"] == 1
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
@@ -199,86 +186,63 @@ def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, scri
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "train_one_epoch", look)
-    flags = [
-        "--data",
-        drawn / "dataset/processed_split",
-        "--out",
-        tmp_path / "o.pt",
-        *FAST,
-        "--init",
-        "random",
-    ]
+    flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "o.pt", "--init", "random"]
     for seed in (0, 0, 1):
-        assert cli(script, *flags, "--seed", seed)[0] == 130
+        assert cli(script, *flags, *FAST, "--seed", seed)[0] == 130
     assert torch.equal(firsts[0], firsts[1]) and not torch.equal(firsts[0], firsts[2])
 
 
-def test_a_run_of_before_there_was_a_flag_counts_as_one_with_it_off(drawn, tmp_path, cli, refuse):
-    run = ["finetune", "--data", drawn / "dataset/processed_split", *FAST, "--init", "random"]
-    run += ["--epochs", 1, "--out", tmp_path / "m.pt"]
-    assert cli(*run, "--attribute-weight", 0)[0] == 0
-    state = torch.load(tmp_path / "m.last.pt", weights_only=True)
-    del state["config"]["attribute_weight"]
-    torch.save(state, tmp_path / "m.last.pt")
-    refuse(*run, words=["--attribute-weight off, not 0.3"])
-    code, printed, _ = cli(*run, "--attribute-weight", 0)
-    assert code == 0 and "resumed" in printed
+def test_settings_that_differ():
+    old = {"lr": 0.1, "seed": 0, "init": "a/../c.pt", "init_sha256": "f00", "data": "x", "ema": 0}
+    same = old | {"init": "c.pt", "data": "elsewhere"}
+    for new, words in (
+        (same, None),
+        (same | {"init": "kept.pt"}, None),  # the same bytes under another name
+        (same | {"init_sha256": "ba5"}, "another file behind --init c.pt"),
+        (same | {"init_sha256": None}, None),  # the file is gone, and not needed any more
+        (same | {"init": "typo.pt", "init_sha256": None}, "--init a/../c.pt, not typo.pt"),
+        (same | {"seed": 1}, "--seed 0, not 1"),
+        (same | {"lr": 0.2}, "--lr 0.1, not 0.2"),
+        (same | {"new_flag": False}, None),  # what there was not yet was off
+        (same | {"new_flag": 0.3}, "--new-flag off, not 0.3"),
+    ):
+        assert describe_difference(old, new) == words
+    random = old | {"init": "random", "init_sha256": None}
+    assert describe_difference(random, random) is None
+    assert describe_difference(random, same) == "--init random, not c.pt"
 
 
-def test_what_may_be_continued(drawn, tmp_path, cli, refuse, monkeypatch):
+def test_what_may_be_continued(drawn, tmp_path, cli, refuse, epochs):
     """A run with the same settings, however its paths are spelled, as long as they lead to the same bytes."""
     data = tmp_path / "split"
     shutil.copytree(drawn / "dataset/processed_split", data)
-    flags = ["--epochs", 2, *FAST]
     assert cli("pretrain", "--data", data, *FAST, "--epochs", 1, "--out", "c.pt", cwd=tmp_path)[0] == 0
-    with monkeypatch.context() as patch:
-        stop_in_epoch(patch, finetune, 2)
-        assert cli("finetune", "--data", data, *flags, "--init", "c.pt", cwd=tmp_path)[0] == 130
+    flags, epochs.stop_at = ["--epochs", 2, *FAST], 2
+    assert cli("finetune", "--data", data, *flags, "--init", "c.pt")[0] == 130
     run = ["finetune", "--data", data, *flags, "--init", "c.pt"]
     refuse(*run, words=["--resume", "--overwrite"])
     refuse(*run, "--resume", "--epochs", 3, words=["--epochs 2, not 3", "--overwrite"])
-    refuse(*run, "--resume", "--lr", 0.5, words=["--lr"])
-    refuse(*run, "--resume", "--seed", 1, words=["--seed 0, not 1", "--overwrite"])
-    # Pretrained again under the same name, with another result.
-    shutil.copy("c.pt", "kept.pt")
-    again = ["--epochs", 1, "--seed", 1, "--out", "c.pt", "--overwrite"]
-    assert cli("pretrain", "--data", data, *FAST, *again)[0] == 0
-    refuse(*run, "--resume", words=["another file behind --init c.pt", "--overwrite"])
-    with monkeypatch.context() as patch:
-        stop_in_epoch(patch, finetune, 2)
-        code, printed, _ = cli("finetune", "--data", "split/", *flags, "--init", "./kept.pt", "--resume")
+    shutil.move("c.pt", "kept.pt")
+    again = ["finetune", "--data", "split/", *flags, "--init", "./kept.pt", "--resume"]
+    code, printed, _ = cli(*again)
     assert code == 130 and "resumed model.last.pt at epoch 1" in printed
-    (tmp_path / "c.pt").unlink()  # not needed any more
-    with monkeypatch.context() as patch:
-        stop_in_epoch(patch, finetune, 2)
-        assert cli(*run, "--resume")[0] == 130
-    refuse(*run[:-1], "typo.pt", "--resume", words=["--init"])
     next((data / "train").glob("*_image.png")).unlink()  # now other faces
-    refuse("finetune", "--data", "split", *flags, "--init", "kept.pt", "--resume", words=["other faces"])
+    refuse(*again, words=["other faces"])
 
 
-def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse):
-    flags = [
-        "finetune",
-        "--data",
-        drawn / "dataset/processed_split",
-        *FAST,
-        "--init",
-        "random",
-        "--epochs",
-        1,
-    ]
+def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse, epochs):
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1]
     out = tmp_path / "lr0.01.pt"
-    assert cli(*flags, "--out", out)[0] == 0
+    assert cli("finetune", *flags, "--out", out)[0] == 0
     names = ["lr0.01.csv", "lr0.01.last.pt", "lr0.01.png", "lr0.01.pt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     before = out.read_bytes()
-    assert cli(*flags, "--out", out)[0] == 0 and out.read_bytes() == before
-    assert cli(*flags, "--out", tmp_path / "lr0.001.pt")[0] == 0  # its files do not collide with the first's
-    (tmp_path / "lr0.01.last.pt").unlink()
-    refuse(*flags, "--out", out, words=["lr0.01.pt is there", "--overwrite"])
+    assert cli("finetune", *flags, "--out", out)[0] == 0 and out.read_bytes() == before
+    assert len(epochs) == 1
     with open(tmp_path / "lr0.01.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 1
+    (tmp_path / "lr0.01.last.pt").unlink()
+    refuse("finetune", *flags, "--out", out, words=["lr0.01.pt is there", "--overwrite"])
 
 
 def test_each_epoch_has_its_own_order_and_drops_only_the_rest():
