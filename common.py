@@ -43,37 +43,38 @@ from utkface import (
 # Augmentation: image and mask move together
 # ------------------------------------------------------------------------------------------------------------
 
-# Chances, degrees, shares of the area, ratios, factors of brightness, contrast and saturation, shifts of hue
-# (1 is the circle), pixels of blur, shares of the sides that are erased. The contrastive one is SimCLR's
-# (Chen et al. 2020, appendix A) with crops mild enough to keep most of a face. The supervised one leaves the
-# signs of age alone, but hides a part of half the faces (random erasing, Zhong et al. 2020).
-CONTRASTIVE_AUGMENTATION = {
-    "turn": 0, "degrees": 0, "scale": (0.5, 1), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "jitter": 0.8,
-    "light": (0.6, 1.4), "hue": (-0.1, 0.1), "grey": 0.2, "blur": 0.3, "sigma": (0.1, 1.5),
-    "erase": 0, "box": (0.15, 0.45),
-}  # fmt: skip
-SUPERVISED_AUGMENTATION = {
-    "turn": 0.5, "degrees": 12, "scale": (0.7, 1), "ratio": (0.9, 1.1), "flip": 0.5, "jitter": 0.8,
-    "light": (0.7, 1.3), "hue": (-0.03, 0.03), "grey": 0.1, "blur": 0, "sigma": (0.1, 1.5),
-    "erase": 0.5, "box": (0.15, 0.45),
-}  # fmt: skip
+LINEAR = cv2.INTER_LINEAR
 
 
-def build_augmentation(settings: dict, image_size: int) -> A.Compose:
-    """The albumentations pipeline of `settings` (see above), to squares of `image_size` pixels."""
-    linear, size = cv2.INTER_LINEAR, (image_size, image_size)
-    light, box = settings["light"], settings["box"]
-    reflect = {"border_mode": cv2.BORDER_REFLECT, "mask_interpolation": linear}
-    steps = (
-        A.Rotate(settings["degrees"], **reflect, p=settings["turn"]),
-        A.RandomResizedCrop(size, settings["scale"], settings["ratio"], mask_interpolation=linear),
-        A.HorizontalFlip(p=settings["flip"]),
-        A.ColorJitter(light, light, light, settings["hue"], p=settings["jitter"]),
-        A.ToGray(p=settings["grey"]),
-        A.GaussianBlur(blur_limit=0, sigma_limit=settings["sigma"], p=settings["blur"]),
-        A.CoarseDropout((1, 1), box, box, fill="random", p=settings["erase"]),  # the mask stays whole
+def contrastive_augmentation(image_size: int) -> A.Compose:
+    """SimCLR's (Chen et al. 2020, appendix A), its crops mild enough to keep most of a face."""
+    light = (0.6, 1.4)
+    return A.Compose(
+        [
+            A.RandomResizedCrop(
+                (image_size, image_size), (0.5, 1), (3 / 4, 4 / 3), mask_interpolation=LINEAR
+            ),
+            A.HorizontalFlip(p=0.5),
+            A.ColorJitter(light, light, light, hue=(-0.1, 0.1), p=0.8),
+            A.ToGray(p=0.2),
+            A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.5), p=0.3),
+        ]
     )
-    return A.Compose([step for step in steps if step.p])
+
+
+def supervised_augmentation(image_size: int) -> A.Compose:
+    """Leaves the signs of age alone, but erases a part of half the faces at random (Zhong et al. 2020)."""
+    light, box = (0.7, 1.3), (0.15, 0.45)  # factors; shares of each side
+    return A.Compose(
+        [
+            A.Rotate(12, border_mode=cv2.BORDER_REFLECT, mask_interpolation=LINEAR, p=0.5),
+            A.RandomResizedCrop((image_size, image_size), (0.7, 1), (0.9, 1.1), mask_interpolation=LINEAR),
+            A.HorizontalFlip(p=0.5),
+            A.ColorJitter(light, light, light, hue=(-0.03, 0.03), p=0.8),
+            A.ToGray(p=0.1),
+            A.CoarseDropout((1, 1), box, box, fill="random", p=0.5),  # the mask stays whole
+        ]
+    )
 
 
 def seed_augmentation(augment: A.Compose, *key: int):
@@ -100,13 +101,11 @@ class FaceDataset(Dataset):
     A batch is a dict of tensors: `image` uint8 (B, H, W, 3) RGB; `mask` uint8 (B, H, W) in {0, 1}, with
     `with_masks`; `age` (B,) in years, and `spread` (B,), the years to each side if it is a range; `group`
     (B,) 0–5, `gender` (B,) 0–1 and `race` (B,) 0–4, -1 where unknown. Without `augmentation` the pictures are
-    the faces resized to `image_size` (those squares are also in `.images` and `.masks`). With it, each face
-    gives `views` of them in a row, drawn from (seed, epoch, index) alone, whatever worker asks. An index may
-    be an int or the pair (epoch, index).
-
-    `.faces` lists what the names say, `.ages` and `.groups` are arrays (N,), `.hashes` an int64 tensor (N,)
-    that names the pixels. Raises UserError for a missing or empty folder, an unreadable image, or a mask that
-    is missing or of another size.
+    the faces resized to `image_size`, which are also in `.images` and `.masks`. With it, each face gives
+    `views` of them in a row, drawn from (seed, epoch, index) alone. An index may be an int or the pair
+    (epoch, index). `.faces` lists what the names say, `.labels` holds the above of all faces, and `.hashes`
+    int64 (N,) names the pixels. Raises UserError for a missing or empty folder, an unreadable image, or a
+    mask that is missing or of another size.
     """
 
     def __init__(self, folders, image_size, augmentation=None, views=1, with_masks=True, seed=0, workers=1):
@@ -117,7 +116,7 @@ class FaceDataset(Dataset):
         self.labels = {name: torch.tensor([getattr(face, name) for face in self.faces]) for name in names}
         self.ages, self.groups = self.labels["age"].numpy(), self.labels["group"].numpy()
         self.views, self.seed = views, seed
-        self.augment = build_augmentation(augmentation, image_size) if augmentation else None
+        self.augment = augmentation(image_size) if augmentation else None
         # A random crop is enlarged to the output's side: a quarter more pixels than that keep it sharp.
         side = image_size * 5 // 4 if augmentation else image_size
         # Tensors, because where workers are not forked those are shared with them, and arrays copied.
@@ -140,7 +139,7 @@ class FaceDataset(Dataset):
             for _ in progress(loading, f"read {Path(folders[0]).name}", len(self), unit="face"):
                 pass
         if with_masks and augmentation is None:
-            self.masks = binary(self.masks)
+            self.masks = (self.masks > 127).to(torch.uint8)
 
     def __len__(self):
         return len(self.faces)
@@ -157,7 +156,8 @@ class FaceDataset(Dataset):
         drawn = [view for key in keys for view in self.augmented(*key)]
         batch["image"] = torch.from_numpy(np.stack([view["image"] for view in drawn]))
         if self.masks is not None:
-            batch["mask"] = binary(torch.from_numpy(np.stack([view["mask"] for view in drawn])))
+            masks = torch.from_numpy(np.stack([view["mask"] for view in drawn]))
+            batch["mask"] = (masks > 127).to(torch.uint8)
         return batch
 
     def augmented(self, epoch, index):
@@ -171,11 +171,6 @@ class FaceDataset(Dataset):
     def __getitem__(self, key):
         batch = self.__getitems__([key])
         return batch if self.views > 1 else {name: values[0] for name, values in batch.items()}
-
-
-def binary(mask: Tensor) -> Tensor:
-    """uint8 masks with values 0–255 to uint8 in {0, 1}."""
-    return (mask > 127).to(torch.uint8)
 
 
 @cache  # made once: a step must not wait while they travel to the device
@@ -308,7 +303,7 @@ def init_backbone(backbone: nn.Module, init: str) -> dict:
     else:
         checkpoint = load_checkpoint(init, ("contrastive", "model"))
         weights = {key.removeprefix("backbone."): value for key, value in checkpoint["weights"].items()}
-        provenance = {key: checkpoint.get(key, none) for key in ("train_hashes", "val_hashes")}
+        provenance = {key: checkpoint[key] for key in ("train_hashes", "val_hashes")}
         # Whoever asks what the weights have seen need not follow the chain: a --final before this one counts.
         final = checkpoint["config"].get("final") or checkpoint["pretraining"].get("final", False)
         provenance["pretraining"] = checkpoint["config"] | {"final": final}
@@ -343,7 +338,7 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.07) -> Tensor:
 
     z1, z2: (N, D) embeddings of two views, row by row of the same face; any scale, half precision allowed.
     Returns a scalar in nats; log(2N−1) when all embeddings coincide. Under torchrun the negatives are the
-    faces of all W processes, with gradient, and the mean of the processes' losses is that of the whole batch.
+    faces of all W processes, with gradient; the processes' mean is the whole batch's.
     """
     z = torch.stack([unit_rows(z1), unit_rows(z2)], dim=1).flatten(0, 1)  # 2N×D, views of a face in a row
     everything = gather_rows(z)  # 2NW×D
@@ -361,8 +356,7 @@ def age_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 0.07, sig
     non-empty P(i) of −1/|P(i)| Σ_{p∈P(i)} log[ e^{s_ip/τ} / (e^{s_ip/τ} + Σ_{age_k≠age_i}
     e^{|age_i−age_k|/(50σ)} e^{s_ik/τ}) ]: SupCon (Khosla et al. 2020) with one positive a term, negatives
     weighted by their distance in age. Under torchrun k and p run over the faces of all W processes, with
-    gradient; the mean of the processes' losses is that of the whole batch where every row has a positive, as
-    two views of each face have.
+    gradient; the processes' mean is that of the whole batch where each row has a positive.
     """
     z = unit_rows(z)  # N×D
     with torch.autocast(z.device.type, enabled=False):
@@ -385,8 +379,7 @@ def rank_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 2.0) -> 
     z: (N, D) features, not normalised, any precision; ages: (N,) years. With s_ij = −‖z_i − z_j‖₂/τ it is the
     mean over ordered pairs i ≠ j of −log[ e^{s_ij} / Σ_{k≠i, |a_i−a_k| ≥ |a_i−a_j|} e^{s_ik} ], a scalar in
     nats. It costs O(N² log N): each row is sorted by years apart, and summed from the far end. Under torchrun
-    j and k run over the faces of all W processes, with gradient, and the mean of the processes' losses is
-    that of the whole batch.
+    j and k run over the faces of all W processes, with gradient; the processes' mean is the whole batch's.
     """
     z = z if z.dtype == torch.float64 else z.float()
     everything = gather_rows(z)  # NW×D
@@ -519,18 +512,13 @@ def infer(model: MultitaskResNet18, images: Tensor) -> Answers:
 
 
 class Scores(NamedTuple):
-    """What a model says of N faces, on the CPU.
+    """What a model says of N faces, on the CPU; None for what it has not learned."""
 
-    Group logits float32 (N, 6); median ages and the ends of their central 80 %, float32 (N,) in years, from a
-    model that learned years; how its masks overlap with the true ones, float64 (N,) each, where there are
-    both.
-    """
-
-    logits: Tensor
-    ages: Tensor | None
+    logits: Tensor  # of groups, float32 N×6
+    ages: Tensor | None  # N, float32 in years
     age_low: Tensor | None
     age_high: Tensor | None
-    mask_iou: Tensor | None
+    mask_iou: Tensor | None  # N, float64, with the true masks where there are some
     mask_dice: Tensor | None
 
 
@@ -575,7 +563,6 @@ def mask_overlap(predicted: Tensor, truth: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 2
-CONTENT = {"weights": dict, "train_hashes": Tensor, "pretraining": dict}  # of what others read
 
 
 def save_checkpoint(path: str | Path, kind: str, args: argparse.Namespace, **content):
@@ -607,8 +594,10 @@ def load_checkpoint(path: str | Path, kinds: str | tuple[str, ...]) -> dict:
         raise UserError(f"{path} is a {kind} checkpoint, where a {' or '.join(kinds)} one is needed")
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, not {FORMAT_VERSION}")
-    types = {"config": dict, "preprocessing": dict} | ({} if kind.endswith(".last") else CONTENT)
-    types |= {"val_hashes": Tensor} if "val_hashes" in checkpoint else {}
+    types = {"config": dict, "preprocessing": dict}
+    if not kind.endswith(".last"):
+        checkpoint.setdefault("val_hashes", torch.empty(0, dtype=torch.int64))  # older ones lack it
+        types |= {"weights": dict, "train_hashes": Tensor, "val_hashes": Tensor, "pretraining": dict}
     wrong = [key for key, kind in types.items() if not isinstance(checkpoint.get(key), kind)]
     if not wrong and checkpoint["preprocessing"].get("image_size") not in range(32, 4097, 32):
         wrong = ["preprocessing"]

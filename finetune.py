@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 from cli import UserError, beside, number, run, write_csv
 from common import (
-    SUPERVISED_AUGMENTATION,
     FaceDataset,
     build_param_groups,
     init_backbone,
@@ -29,6 +28,7 @@ from common import (
     save_checkpoint,
     score_dataset,
     soft_age_labels,
+    supervised_augmentation,
 )
 from devices import rank, set_seed
 from training import (
@@ -125,7 +125,7 @@ def main(args):
         print(f"warning: {lack}: the model will not know what they look like", file=sys.stderr)
 
     options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
-    dataset = FaceDataset(folders, args.image_size, SUPERVISED_AUGMENTATION, **options)
+    dataset = FaceDataset(folders, args.image_size, supervised_augmentation, **options)
     val_dataset = None if args.final else FaceDataset(val, args.image_size, **options)
     set_seed(args.seed)
     model = make_model(vars(args), training=True)

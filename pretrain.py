@@ -18,10 +18,10 @@ from torchvision.models import resnet18
 
 from cli import beside, number, run, write_csv
 from common import (
-    CONTRASTIVE_AUGMENTATION,
     FaceDataset,
     age_contrastive_loss,
     build_param_groups,
+    contrastive_augmentation,
     init_backbone,
     nt_xent_loss,
     rank_contrastive_loss,
@@ -98,7 +98,7 @@ def main(args):
     check_batch_size(args.batch_size, sum(len(list_pairs(folder, need_masks=False)) for folder in folders))
 
     options = {"views": 2, "with_masks": False, "seed": args.seed, "workers": args.workers}
-    dataset = FaceDataset(folders, args.image_size, CONTRASTIVE_AUGMENTATION, **options)
+    dataset = FaceDataset(folders, args.image_size, contrastive_augmentation, **options)
     set_seed(args.seed)
     model = ContrastiveResNet18(projects=args.positives != "rank")
     start = None if state else init_backbone(model.backbone, args.init)

@@ -216,8 +216,7 @@ class Training:
     def state_dict(self) -> dict:
         """What `.last.pt` keeps: all that changes while it trains."""
         state = {name: getattr(self, name) for name in self.STATE}
-        state = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in state.items()}
-        return state | {"rng": torch.get_rng_state()}
+        return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in state.items()}
 
     def load_state_dict(self, state: dict):
         """Goes back to where `state_dict` was taken; raises what torch raises where it does not fit."""
@@ -227,7 +226,6 @@ class Training:
                 part.load_state_dict(state[name])
             else:
                 setattr(self, name, state[name])
-        torch.set_rng_state(state["rng"])
 
 
 def last_path(out: str | Path) -> Path:

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 import common
 from cli import write_csv
 from common import (
-    CONTRASTIVE_AUGMENTATION,
-    SUPERVISED_AUGMENTATION,
     FaceDataset,
     MultitaskResNet18,
     UserError,
     age_contrastive_loss,
-    build_augmentation,
     build_param_groups,
+    contrastive_augmentation,
     infer,
     mask_loss,
     mask_overlap,
@@ -26,10 +24,12 @@ from common import (
     rank_contrastive_loss,
     save_checkpoint,
     seed_augmentation,
+    supervised_augmentation,
     to_input,
 )
 from conftest import noise_pairs, write_pair
 from training import to_device, train_loader
+from utkface import AGE_GROUPS
 
 CPU = torch.device("cpu")
 
@@ -242,10 +242,12 @@ def half_face(folder, side=120):
     write_pair(folder, "30_0_0_20170000000000000", np.repeat(mask[..., None], 3, axis=2), mask)
 
 
-@pytest.mark.parametrize("view", [CONTRASTIVE_AUGMENTATION, SUPERVISED_AUGMENTATION])
-def test_image_and_mask_move_together(tmp_path, view):
+@pytest.mark.parametrize("augmentation", [contrastive_augmentation, supervised_augmentation])
+def test_image_and_mask_move_together(tmp_path, augmentation):
     half_face(tmp_path)
-    dataset = FaceDataset(tmp_path, 64, view | {"erase": 0})  # which would look like another half
+    dataset = FaceDataset(tmp_path, 64, augmentation)
+    steps = [step for step in dataset.augment if not isinstance(step, A.CoarseDropout)]
+    dataset.augment = A.Compose(steps)  # a box that is erased would look like another half
     batch = dataset.__getitems__([(epoch, 0) for epoch in range(200)])
     batch = to_device(batch, CPU)
     assert batch["image"].shape == (200, 3, 64, 64) and batch["mask"].shape == (200, 1, 64, 64)
@@ -274,32 +276,47 @@ def test_augmentations_draw_independently():
     assert len(seen) == 4 and min(seen.values()) > 60  # 100 expected of each
 
 
-@pytest.mark.parametrize("view", [CONTRASTIVE_AUGMENTATION, SUPERVISED_AUGMENTATION])
-def test_views_hold_what_they_name(drawn, view):
-    """Of one face: how many draws are grey, erased, coloured otherwise, blurred, and cropped."""
+CHANCES = {  # of each step; and the share of the area that a crop keeps at least
+    contrastive_augmentation: {
+        "RandomResizedCrop": 1, "HorizontalFlip": 0.5, "ColorJitter": 0.8, "ToGray": 0.2, "GaussianBlur": 0.3
+    },
+    supervised_augmentation: {
+        "Rotate": 0.5, "RandomResizedCrop": 1, "HorizontalFlip": 0.5, "ColorJitter": 0.8, "ToGray": 0.1,
+        "CoarseDropout": 0.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "augmentation, least", [(contrastive_augmentation, 0.5), (supervised_augmentation, 0.7)]
+)
+def test_augmentations_hold_what_they_name(drawn, augmentation, least):
+    """Of one face, step by step: how many draws are grey, erased, coloured otherwise, blurred."""
+    pipeline, draws = augmentation(80), {}
+    assert {type(step).__name__: step.p for step in pipeline} == CHANCES[augmentation]
+    [crop] = [step for step in pipeline if isinstance(step, A.RandomResizedCrop)]
+    assert crop.scale == (least, 1) and crop.size == (80, 80)
     face = FaceDataset(drawn / "dataset/processed", 80, with_masks=False).images[40].numpy()
-    draws = {}
-    chances = ("turn", "flip", "jitter", "grey", "blur", "erase")
-    for name in ("grey", "erase", "jitter", "blur", "all"):
-        alone = {chance: 0 for chance in chances if chance != name} | {"scale": (1, 1), "ratio": (1, 1)}
-        pipeline = build_augmentation(view if name == "all" else view | alone, 80)
+    for step in pipeline:
+        alone = A.Compose([step])
         for index in range(200):
-            seed_augmentation(pipeline, 0, 0, index)
-            draws.setdefault(name, []).append(pipeline(image=face)["image"].astype(int))
-    changed = {name: np.mean([(x != face).any() for x in xs]) for name, xs in draws.items()}
-    for name in ("grey", "erase", "jitter", "blur"):
-        assert changed[name] == pytest.approx(view[name], abs=0.1), name
-    assert all(np.ptp(x, axis=2).max() == 0 for x in draws["grey"] if (x != face).any())
-    holes = [(x != face).any(axis=2).mean() for x in draws["erase"] if (x != face).any()]
+            seed_augmentation(alone, 0, 0, index)
+            draws.setdefault(type(step).__name__, []).append(alone(image=face)["image"].astype(int))
+    for name in draws.keys() - {"RandomResizedCrop"}:
+        changed = np.mean([(x != face).any() for x in draws[name]])
+        assert changed == pytest.approx(CHANCES[augmentation][name], abs=0.1), name
+    assert all(np.ptp(x, axis=2).max() == 0 for x in draws["ToGray"] if (x != face).any())
+    assert all((x == face[:, ::-1]).all() for x in draws["HorizontalFlip"] if (x != face).any())
+    holes = [(x != face).any(axis=2).mean() for x in draws.get("CoarseDropout", []) if (x != face).any()]
     assert all(0.15**2 * 0.8 < hole < 0.45**2 * 1.1 for hole in holes)
-    assert changed["all"] > 0.9 and len({x.tobytes() for x in draws["all"]}) > 190
+    assert len({x.tobytes() for x in draws["RandomResizedCrop"]}) > 190
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
     noise_pairs(tmp_path, [1, 10, 20, 30, 50, 70, 80, 90])
     batches = {}
     for workers in (0, 2):
-        dataset = FaceDataset(tmp_path, 32, CONTRASTIVE_AUGMENTATION, views=2, with_masks=True, seed=3)
+        dataset = FaceDataset(tmp_path, 32, contrastive_augmentation, views=2, with_masks=True, seed=3)
         loader = train_loader(dataset, 4, 3, workers, CPU)
         loader.batch_sampler.epoch = 5
         batches[workers] = list(loader)
@@ -323,27 +340,9 @@ def test_dataset_without_augmentation(tmp_path):
     assert "mask" not in FaceDataset(tmp_path, 64, with_masks=False)[0]
 
 
-@pytest.mark.parametrize(
-    "settings, chances",
-    [
-        (
-            SUPERVISED_AUGMENTATION,
-            {"turn": 0.5, "flip": 0.5, "jitter": 0.8, "grey": 0.1, "blur": 0, "erase": 0.5},
-        ),
-        (
-            CONTRASTIVE_AUGMENTATION,
-            {"turn": 0, "flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur": 0.3, "erase": 0},
-        ),
-    ],
-)
-def test_the_recipe_of_each_augmentation(settings, chances):
-    assert {name: settings[name] for name in chances} == chances
-    assert settings["scale"] == ((0.7, 1) if chances["erase"] else (0.5, 1))
-
-
 def test_pictures_are_kept_a_quarter_larger_than_what_is_cropped_of_them(tmp_path):
     half_face(tmp_path)
-    for augmentation, side in ((SUPERVISED_AUGMENTATION, 80), (None, 64)):
+    for augmentation, side in ((supervised_augmentation, 80), (None, 64)):
         dataset = FaceDataset(tmp_path, 64, augmentation)
         assert dataset.images.shape == (1, side, side, 3) and dataset.masks.shape == (1, side, side)
         assert dataset[0]["image"].shape == (64, 64, 3)
@@ -360,8 +359,8 @@ def test_labels_that_are_unknown_or_a_range(tmp_path):
 
 def test_dataset_gives_what_the_names_say(tmp_path):
     noise_pairs(tmp_path, [30, 4, 70])
-    for view in (None, common.SUPERVISED_AUGMENTATION):
-        dataset = FaceDataset(tmp_path, 32, view)
+    for augmentation in (None, supervised_augmentation):
+        dataset = FaceDataset(tmp_path, 32, augmentation)
         batch = dataset.__getitems__([2, 0])
         for name in ("age", "gender", "race"):
             assert batch[name].tolist() == [getattr(dataset.faces[index], name) for index in (2, 0)]
@@ -445,7 +444,7 @@ def test_imagenet_without_network_names_the_other_choices(monkeypatch):
 def test_years_sum_into_groups():
     probabilities = torch.rand(5, common.YEARS).softmax(dim=1)
     groups = common.group_logits(probabilities.log()).softmax(dim=1)
-    for group, (first, last) in enumerate(common.AGE_GROUPS.values()):
+    for group, (first, last) in enumerate(AGE_GROUPS.values()):
         assert torch.allclose(groups[:, group], probabilities[:, first : last + 1].sum(dim=1))
     assert sum(common.GROUP_SIZES) == common.YEARS
 

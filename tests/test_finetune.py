@@ -62,7 +62,7 @@ def add_one(model):
 
 
 def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkeypatch):
-    scores = iter([(0.4, 2.0), (0.6, 1.5), (0.6, 1.2), (0.6, 1.3), (0.5, 0.1)])
+    scores = iter([(0.4, 2.0), (0.6, 1.5), (0.6, 1.2), (0.6, 1.2), (0.5, 0.1)])
     weights = []
 
     def scripted(model, *_):

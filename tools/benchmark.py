@@ -71,7 +71,7 @@ def measure_training(raw, pairs, args, device):
     settings = cli.parse_args(finetune.get_parser(), ["--multitask", "--out", str(pairs / "model.pt")])
     settings.epochs, settings.image_size = args.repeats + 1, args.image_size
     settings.batch_size, settings.workers = args.batch_size, args.workers
-    dataset = common.FaceDataset(pairs, args.image_size, common.SUPERVISED_AUGMENTATION)
+    dataset = common.FaceDataset(pairs, args.image_size, common.supervised_augmentation)
     model = common.make_model(vars(settings), training=True)
     groups = common.build_param_groups(model, settings.lr)
     dtype = devices.choose_precision(args.precision, device)
@@ -94,8 +94,8 @@ def measure_training(raw, pairs, args, device):
 
 def measure_loader(raw, pairs, args, device):
     dataset = partial(common.FaceDataset, pairs, args.image_size)
-    pretraining = dataset(common.CONTRASTIVE_AUGMENTATION, views=2)
-    finetuning = dataset(common.SUPERVISED_AUGMENTATION, with_masks=True)
+    pretraining = dataset(common.contrastive_augmentation, views=2)
+    finetuning = dataset(common.supervised_augmentation, with_masks=True)
     for stage, faces in {"pretrain": pretraining, "finetune": finetuning}.items():
         works = {}
         for name, workers in {"one core": 0, f"{args.workers} workers": args.workers}.items():
