@@ -253,3 +253,60 @@ def test_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/quickstart.yaml").write_text("synthesize: {count: 7}")
     assert shipped("configs/quickstart.yaml").read_text() == "synthesize: {count: 7}"
+
+
+def test_nothing_else_in_the_clone_is_found(tmp_path, monkeypatch, refuse):
+    """A model.pt there is of another run, wherever the scripts are called from."""
+    clone, here = tmp_path / "clone", tmp_path / "here"
+    for name in ("model.pt", "contrastive.pt", "runs/model.pt", "weights/model.pt", "weights/deep/model.pt"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_bytes(b"")
+    here.mkdir()
+    monkeypatch.setattr(command_line, "ROOT", clone)
+    monkeypatch.chdir(here)
+    for name in (
+        "model.pt",
+        "./contrastive.pt",
+        "runs/model.pt",
+        "weights/../model.pt",
+        "weights/deep/model.pt",
+    ):
+        assert not shipped(name).exists()
+    assert shipped("weights/model.pt") == shipped("./weights/model.pt") == clone / "weights/model.pt"
+    refuse("evaluate", "--device", "cpu", words=["model.pt is not there"])
+
+
+CHATTY = """
+import sys, time
+from pathlib import Path
+from cli import progress, run, script_parser
+def main(args):
+    for step in progress(range(3)):
+        print("x" * 100_000, flush=True)
+        print("warning", file=sys.stderr)
+    Path("done").write_text("all of it")
+run(main, script_parser("split", ""), [])
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["| head -c 1", "2>&1 | head -c 1", ">&-", "2>&-", ">&- 2>&-", "> /dev/full", "2> /dev/full"]
+)
+def test_a_closed_stdout_or_stderr_ends_nothing(tmp_path, end):
+    script = tmp_path / "chatty.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CHATTY}")
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} {script} {end}"],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr + done.stdout, done.stderr
+    assert b"ignored" not in done.stderr and (tmp_path / "done").read_text() == "all of it"
+
+
+def test_a_script_runs_in_a_thread_that_gets_no_signals():
+    found = []
+    thread = threading.Thread(target=lambda: run(found.append, script_parser("split", ""), ["--seed", "3"]))
+    thread.start()
+    thread.join()
+    assert found[0].seed == 3

@@ -120,6 +120,8 @@ def test_init_from_contrastive_says_what_was_loaded(drawn, tmp_path, cli, refuse
     data, contrastive = ["--data", drawn / "dataset/processed_split"], tmp_path / "c.pt"
     stems = noise_pairs(tmp_path / "other/train", [3, 10, 20, 30, 50, 70] * 3)
     assert cli("pretrain", "--data", tmp_path / "other", *FAST, "--out", contrastive, "--epochs", 1)[0] == 0
+    before = load_checkpoint(contrastive, "contrastive")
+    torch.save(before | {"val_hashes": torch.tensor([7])}, contrastive)
     out, start = tmp_path / "m.pt", ["--init", contrastive]
     code, printed, _ = cli(
         "finetune", *data, *FAST, *start, "--out", out, "--epochs", 1, "--lr", 1e-9, "--multitask"
@@ -131,6 +133,8 @@ def test_init_from_contrastive_says_what_was_loaded(drawn, tmp_path, cli, refuse
     assert torch.allclose(before["weights"][key], after["weights"][key].float(), atol=1e-4)
     faces = len(list((drawn / "dataset/processed_split/train").glob("*_image.png")))
     assert len(after["train_hashes"]) == faces + len(stems)  # those that pretraining saw are seen, too
+    val = FaceDataset(drawn / "dataset/processed_split/val", 32).hashes
+    assert after["val_hashes"].tolist() == sorted({7, *val.tolist()})  # and what an epoch was selected on
     assert after["pretraining"]["positives"] == "rank"
     before["weights"] = {"nothing.weight": torch.zeros(3)}
     torch.save(before, contrastive)

@@ -23,6 +23,7 @@ from training import (
     EpochBatches,
     begin_training,
     describe_difference,
+    plot_history,
     to_device,
     train_one_epoch,
     warmup_cosine,
@@ -278,6 +279,19 @@ def test_warmup_cosine():
     assert np.allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0]) and max(rates) == 2.0
     assert (np.diff(rates[5:]) < 0).all() and rates[-1] < 0.01
     assert rates[52] == pytest.approx(1, abs=0.03)
+
+
+def test_curves_are_drawn_whatever_the_backend(tmp_path, monkeypatch):
+    """A notebook's shell inherits a backend that other environments lack."""
+    import matplotlib.axes
+
+    monkeypatch.setenv("MPLBACKEND", "module://nowhere")
+    drawn = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda _, *xy, label, **__: drawn.append((label, *xy)))
+    rows = [{"epoch": 1, "loss": 3.0, "val_loss": 2.0}, {"epoch": 2, "loss": 1.0, "val_loss": 4.0}]
+    plot_history(tmp_path / "c.png", rows, {"train": ["loss"], "val": ["val_loss"]})
+    assert drawn == [("loss", [1, 2], [3.0, 1.0]), ("val loss", [1, 2], [2.0, 4.0])]
+    assert (tmp_path / "c.png").stat().st_size > 1000
 
 
 def test_batches_that_do_not_divide_are_refused(monkeypatch):
