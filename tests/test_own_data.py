@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, commands
 from faces import LANDMARKS
 from inputs import match_labels, parse_age, parse_label
+from masks import looks_like_a_crop
 from utkface import GENDERS, RACES, age_to_group, list_pairs, parse_name
 
 PLACES = {  # height of a drawn photograph → where in it faces lie: x, y, side
@@ -210,6 +211,13 @@ def test_photographs(faces, tmp_path, cli, refuse, detector):
     [count] = re.findall(r"warning: (\d+) pictures may be no face crops like UTKFace's: give --detect", err)
     assert int(count) >= 24  # of 30
     refuse("masks", *flags, "--detector", "yunet.onnx", words=["--detector", "--detect"])
+
+
+def test_a_face_in_a_long_picture_is_taken_for_a_photograph(faces):
+    for margin, expected in ((0, True), (20, True), (40, False)):
+        wide = cv2.copyMakeBorder(faces[10][0], 0, 0, margin, margin, cv2.BORDER_REFLECT)
+        assert looks_like_a_crop(wide) == expected  # its central square is the face
+    assert not looks_like_a_crop(cv2.rotate(faces[10][0], cv2.ROTATE_180))
 
 
 def test_drawn_faces_are_not_taken_for_photographs(drawn, tmp_path, cli):
