@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cli import atomic_path
 from conftest import shell
 from inputs import read_files
 from masks import HEIGHT, TURN, WIDTH, grabcut_mask, oval
@@ -238,9 +239,12 @@ def test_nothing_is_extracted_by_path(raw, tmp_path, cli):
     assert "1_0_0_20170000000000001_mask.png" in os.listdir(tmp_path / "x/y")
 
 
-def test_resumes_with_what_is_missing(raw, tmp_path, cli, refuse):
-    out = tmp_path / "out"
-    assert cli("masks", "--input", raw, "--output", out)[0] == 0
+def test_resumes_with_what_is_missing(raw, tmp_path, cli, refuse, monkeypatch):
+    out, order = tmp_path / "out", []
+    monkeypatch.setattr("masks.atomic_path", lambda path: order.append(path.name) or atomic_path(path))
+    assert cli("masks", "--input", raw, "--output", out, "--workers", 1)[0] == 0
+    for mask, image in zip(order[:24:2], order[1:24:2]):  # a kill leaves no image without its mask
+        assert image == mask.removesuffix("_mask.png") + "_image.png"
     before = pairs(out)
     names = sorted(before)
     (out / names[0]).unlink()
