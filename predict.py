@@ -27,13 +27,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import cli
 from cli import UserError, atomic_path, progress, write_csv
 from common import infer, load_model, to_input
 from devices import autocast, choose_device, choose_precision
-from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, find_crops, open_detector, place_mask, region
+from drawing import VIDEOS, draw_faces, is_own, label, open_video, output_path, overlay_path, write_picture
+from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, find_crops, open_detector, place_mask
 from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, resize, walk_files
 
 AGES = ("predicted_age", "age_low", "age_high")
@@ -46,7 +47,6 @@ SUFFIXES = {  # what the decoder reads, where Pillow and OpenCV were built with 
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
     ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
 }  # fmt: skip
-VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 
 # ------------------------------------------------------------------------------------------------------------
 # The model on the faces of one picture
@@ -193,7 +193,6 @@ def predict(loaded, image, masks=True) -> list[Prediction]:
 # ------------------------------------------------------------------------------------------------------------
 
 CHUNK = 8  # pictures read while those before are scored
-MADE_BY, MARK = 0x0131, "predict.py"  # EXIF's field for software, by which own pictures are known again
 
 
 @dataclass
@@ -215,15 +214,6 @@ class Picture:
     crops: list = field(default_factory=list)
     squares: list = field(default_factory=list)
     faces: list[Prediction] = field(default_factory=list)
-
-
-def is_own(path):
-    """Whether a file is an overlay or a mask that an earlier run has written."""
-    try:
-        with Image.open(path) as header:
-            return header.getexif().get(MADE_BY) == MARK
-    except Exception:  # what Pillow raises depends on where a file breaks
-        return False
 
 
 def list_pictures(inputs, leave_out):
@@ -345,22 +335,10 @@ def score_pictures(pictures, loaded, workers, total=None) -> Iterator[Picture]:
 # What is written
 # ------------------------------------------------------------------------------------------------------------
 
-COLORS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)]
-
 
 def as_text(path):
     """A path, with what in it is no text, or controls a terminal or a table, as backslashes and digits."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], str(path))
-
-
-def label(face):
-    """What an overlay says of a face: `Young Adult 79 %, about 31, 25 to 38`."""
-    text = f"{face.group} {100 * face.probabilities.max():.0f} %"
-    if face.predicted_age is None:
-        return text
-    if face.too_small:
-        return f"{text}, too small for an age"
-    return f"{text}, about {face.predicted_age:.0f}, {face.age_low:.0f} to {face.age_high:.0f}"
 
 
 def table_rows(picture, loaded):
@@ -418,91 +396,10 @@ def print_table(rows):
         print(f"{name:{width}}  {row['face']:4}  {row['group']:12} {age:>5}  {years:>9}{chances}")
 
 
-def draw_faces(image, faces, texts, size=None):
-    """A PIL picture of pixels (H, W, 3) with box, outline of the mask and text at each of its faces.
-
-    Small ones are enlarged, so that the text can be read. Colours stand for groups (Okabe & Ito 2008). size:
-    of the letters, in pixels, where not the face decides.
-    """
-    scale = max(1, -(-360 // min(image.shape[:2])))
-    canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    line = max(2, round(min(canvas.shape[:2]) / 250))
-    colors = [COLORS[GROUP_NAMES.index(face.group)] for face in faces]
-    for face, color in zip(faces, colors):
-        if face.crop_mask is None:
-            continue
-        warp = face.warp / [[scale, scale, 1]]
-        part = region(warp, canvas.shape)
-        view, mask = canvas[part], place_mask(face.crop_mask, warp, canvas.shape)[part]
-        view[mask] = (0.85 * view[mask] + 0.15 * np.array(color)).astype(np.uint8)
-        outline = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
-        corner = (part[1].start, part[0].start)
-        cv2.drawContours(canvas, outline, -1, color, line, cv2.LINE_AA, offset=corner)
-    drawn = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(drawn, "RGBA")
-    for face, color, text in zip(faces, colors, texts):
-        x, y, width, height = (value * scale for value in face.box)
-        letters = size or int(np.clip(width / 14, max(13, 4 * line), canvas.shape[0] / 18))
-        font = ImageFont.load_default(letters)
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        pad = letters // 2
-        wide, high = right - left + 2 * pad + 2 * line, bottom - top + 2 * pad
-        draw.rounded_rectangle((x, y, x + width, y + height), 2 * line, outline=color, width=line)
-        x, y = x + 2 * line, y - high if y >= high else y + height - high - 2 * line  # above it, or within
-        x, y = min(max(0, x), max(0, canvas.shape[1] - wide)), min(max(0, y), canvas.shape[0] - high)
-        draw.rounded_rectangle((x, y, x + wide, y + high), pad, fill=(20, 20, 20, 200))
-        draw.rectangle((x + pad // 2, y + pad, x + pad // 2 + line, y + high - pad), fill=color)
-        draw.text((x + pad + 2 * line - left, y + pad - top), text, font=font, fill=(255, 255, 255))
-    return drawn
-
-
 def draw_overlay(picture):
     """A scored picture with its faces and what is said of them, as a PIL picture."""
     image = read_picture(picture.source)  # decoded again: a chunk of photographs would fill the memory
     return draw_faces(image, picture.faces, [label(face) for face in picture.faces])
-
-
-def output_path(path, folder, top, ending):
-    """Where what is made of the picture at `path` goes: in `folder`, as the picture lies below `top`.
-
-    A name that would be longer than file systems take, 255 bytes, ends in a hash instead.
-    """
-    stem = path.name.removesuffix(ending)
-    if len(os.fsencode(stem + ending)) > 255:
-        mark = hashlib.blake2b(os.fsencode(stem), digest_size=4).hexdigest()
-        kept = os.fsencode(stem)[: 254 - len(ending) - len(mark)]
-        stem = f"{kept.decode(errors='ignore')}-{mark}"
-    return Path(folder, os.path.relpath(path.parent, top), stem + ending)
-
-
-def overlay_path(path, folder, top):
-    """Where the overlay of a picture or video goes."""
-    suffix = path.suffix.lower()
-    kept = suffix in (".jpg", ".jpeg", ".png", ".webp", ".mp4")
-    return output_path(path, folder, top, path.suffix if kept else ".mp4" if suffix in VIDEOS else ".png")
-
-
-def write_picture(path, picture):
-    """Saves a PIL picture, marked so that a later run does not take it for a photograph."""
-    exif = Image.Exif()
-    exif[MADE_BY] = MARK
-    with atomic_path(path) as temporary:
-        picture.save(temporary, quality=92, exif=exif)
-
-
-@contextmanager
-def open_video(path, rate):
-    """Yields a function that appends a PIL picture to the video at `path`, shown at `rate` a second."""
-    writer = cv2.VideoWriter()
-
-    def append(picture):
-        if not writer.isOpened():
-            writer.open(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, picture.size)
-        writer.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
-
-    with atomic_path(path) as temporary:
-        yield append
-        writer.release()
 
 
 @contextmanager

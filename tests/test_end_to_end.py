@@ -72,6 +72,7 @@ def test_arrows_run_downwards_only():
         ["cli"],
         ["utkface"],
         ["faces", "inputs", "metrics"],
+        ["drawing"],
         ["devices"],
         ["common"],
         ["training"],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import drawing
 import page
 import predict
 from conftest import script_path
@@ -74,7 +75,7 @@ def test_a_card_a_face_and_no_copies(client, files, tmp_path):
             assert f"<b>{i}. {face.group}</b>, {face.probabilities.max():.0%}" in card
             assert f"about {face.predicted_age:.0f} years old" in card
             assert f"between {face.age_low:.0f} and {face.age_high:.0f}" in card
-            assert f"rgb{predict.COLORS[predict.GROUP_NAMES.index(face.group)]}" in card
+            assert f"rgb{drawing.COLORS[predict.GROUP_NAMES.index(face.group)]}" in card
     assert {path.read_bytes() for path in uploads(folder)} <= {(tmp_path / n).read_bytes() for n in forms}
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import drawing
 import faces
 import predict
 from common import FaceDataset, make_model, save_checkpoint, score_dataset
@@ -165,7 +166,7 @@ def test_overlays_and_masks(drawn, model, tmp_path, cli, monkeypatch):
     for group, name in enumerate(names):
         overlay = np.asarray(Image.open(tmp_path / "o" / name).convert("RGB")).astype(int)
         assert overlay.shape == (400, 400, 3)
-        near = [(np.abs(overlay - color).sum(axis=2) < 40).sum() for color in predict.COLORS]
+        near = [(np.abs(overlay - color).sum(axis=2) < 40).sum() for color in drawing.COLORS]
         assert near[group] > 400 and near[group] == max(near)
     mask = cv2.imread(str(tmp_path / "m/0.png_0_mask.png"), cv2.IMREAD_UNCHANGED)
     expected = np.zeros((200, 200), bool)

@@ -17,7 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
 from cli import UserError
-from predict import COLORS, Picture, choose_checkpoint, draw_faces, load, read_picture, score_pictures
+from drawing import COLORS, draw_faces
+from predict import Picture, choose_checkpoint, load, read_picture, score_pictures
 from utkface import AGE_GROUPS, GROUP_NAMES
 
 EXAMPLES = [next(cli.ROOT.glob(f"docs/{age}_*.jpg")) for age in (10, 65)]  # drawn
