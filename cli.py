@@ -91,7 +91,13 @@ def beside(out: str | Path, suffix: str) -> Path:
 def usable_cores() -> int:
     """Cores that this process may use, an equal share of them under torchrun; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // (environment_number("LOCAL_WORLD_SIZE") or 1))
+
+
+def environment_number(name: str) -> int | None:
+    """A whole number that torchrun sets in the environment; None if it is missing, empty or none."""
+    text = os.environ.get(name, "").strip()
+    return int(text) if text.isdecimal() else None
 
 
 def script_parser(script: str, description: str) -> Parser:

@@ -1,6 +1,5 @@
 """What a model runs on: device, precision, seeds, and the processes of torchrun. Torch, nothing of faces."""
 
-import os
 import random
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import UserError
+from cli import UserError, environment_number
 
 # ------------------------------------------------------------------------------------------------------------
 # Device and precision
@@ -24,8 +23,9 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        own = environment_number("LOCAL_RANK")
+        if device.type == "cuda" and device.index is None and own is not None:
+            device = torch.device("cuda", own)
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError
         torch.empty(1, device=device)

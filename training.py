@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
@@ -64,10 +65,18 @@ def join_processes(device_name: str, precision: str = "fp32") -> tuple[torch.dev
     """
     device = choose_device(device_name)
     dtype = choose_precision(precision, device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if (cli.environment_number("WORLD_SIZE") or 1) > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is set, but not {', '.join(missing)}: unset it, or start by torchrun"
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except ValueError as error:  # a RANK that is no number
+            raise UserError(f"the environment is not torchrun's: {error}") from None
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device, dtype
@@ -141,13 +150,17 @@ def check_batch_size(batch_size: int, faces: int):
         )
 
 
-def whole_batch(batch: dict) -> dict:
-    """What `FaceDataset` hands out is a batch already."""
-    return batch
+def as_arrays(batch: dict) -> dict:
+    """A batch of tensors as arrays: those leave a worker by a pipe.
+
+    Tensors would pass through /dev/shm, 64 MB in Docker, and an open file each; training hangs without.
+    """
+    return {name: values.numpy() for name, values in batch.items()}
 
 
 def start_worker(worker: int, give_way: bool):
     """Leaves signals to the main process; with `give_way` works only while the arithmetic leaves a core."""
+    cli.own_process()  # which a worker that is spawned has not inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Torch would report a worker that dies of a signal before the main process can say why it stops.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -162,11 +175,10 @@ def train_loader(
     return DataLoader(
         dataset,
         batch_sampler=EpochBatches(len(dataset), batch_size, seed),
-        collate_fn=whole_batch,
+        collate_fn=as_arrays,
         num_workers=workers,
         worker_init_fn=partial(start_worker, give_way=device.type == "cpu"),
         generator=torch.Generator(),  # its own, lest the workers' number change what others draw
-        pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         # Forked workers start at once, with the pictures as they lie in memory.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -175,6 +187,9 @@ def train_loader(
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """A loader's batch on `device`, `image` normalised float32 (B, 3, H, W), `mask` uint8 (B, 1, H, W)."""
+    batch = {name: torch.as_tensor(values) for name, values in batch.items()}
+    if device.type == "cuda":
+        batch = {name: values.pin_memory() for name, values in batch.items()}  # so that no copy is waited for
     batch = {name: copy_to(device, values) for name, values in batch.items()}
     batch["image"] = to_input(batch["image"], device)
     if "mask" in batch:
@@ -375,7 +390,7 @@ def train_one_epoch(training: Training, compute_losses) -> Tensor:
     t, losses, recent = training, [], []
     t.network.train()
     t.loader.batch_sampler.epoch = t.epoch
-    for batch in cli.progress(t.loader, f"epoch {t.epoch + 1}/{t.args.epochs}", unit="step"):
+    for batch in batches(t):
         with autocast(t.device, t.dtype):
             values = compute_losses(t.network, to_device(batch, t.device))  # K
         t.scaler.scale(values[0]).backward()
@@ -392,6 +407,20 @@ def train_one_epoch(training: Training, compute_losses) -> Tensor:
     if not all_finite(t.model):
         stop_broken(t, "weights became infinite or NaN", len(losses))
     return torch.stack(losses)
+
+
+def batches(training: Training) -> Iterator[dict]:
+    """The batches of an epoch; UserError if the workers cannot start, or if one of them is killed."""
+    t = training
+    try:
+        yield from cli.progress(t.loader, f"epoch {t.epoch + 1}/{t.args.epochs}", unit="step")
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"--workers {t.args.workers}: {error}; make room (docker's --shm-size, ulimit -n, memory), or "
+            "give --workers 0"
+        ) from None
 
 
 def check_losses(training: Training, losses: Tensor, done: int) -> Tensor:

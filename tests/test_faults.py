@@ -22,8 +22,10 @@ import torch
 from PIL import Image
 
 import finetune
-from common import load_checkpoint
+from cli import usable_cores
+from common import FaceDataset, load_checkpoint
 from conftest import FAST, ROOT, noise_pairs, script_path
+from training import to_device, train_loader
 from utkface import decode_image
 
 KILLS = int(os.environ.get("KILLS", 1))  # of each training stage, half as many of the others
@@ -184,6 +186,42 @@ class _Silent(torch.autograd.Function):
     @staticmethod
     def backward(_, gradient):
         return gradient * float("nan")
+
+
+def test_batches_need_no_shared_memory(drawn):
+    """Docker gives 64 MB of it, and a tensor that a worker shares takes an open file."""
+    dataset = FaceDataset(drawn / "dataset/processed_split/val", 64)
+    loader = train_loader(dataset, 8, 0, 1, torch.device("cpu"))
+    loader.timeout = 30  # seconds, since the failure to be noticed is to wait for ever
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # which holds for shared memory as well
+    try:
+        assert all(to_device(batch, torch.device("cpu"))["image"].shape == (8, 3, 64, 64) for batch in loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("DataLoader worker is killed")])
+def test_workers_that_do_not_live_end_the_run(train, monkeypatch, error):
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fails)
+    code, _, err = train("--epochs", 1, "--workers", 1)
+    assert code == 2 and err.count("\n") == 1
+    assert all(word in err for word in ("--workers 1", "--shm-size", "--workers 0")), err
+
+
+@pytest.mark.parametrize("text, share", [("", 1), ("0", 1), ("x", 1), ("2", 2)])
+def test_an_environment_that_is_not_torchruns(monkeypatch, cli, refuse, text, share):
+    cores = usable_cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
+    assert usable_cores() == max(1, cores // share)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, text)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    refuse("finetune", "--data", "nowhere", words=["WORLD_SIZE", "RANK"] if text == "2" else ["nowhere"])
 
 
 # Files from outside
