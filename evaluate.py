@@ -247,7 +247,6 @@ def measure(evaluation, seed):
         e.summary[name] = {"value": numbers[0], "ci95": numbers[1:]}
     e.subgroups, gaps = score_subgroups(e, seed)
     present, guessed = ({GROUP_NAMES[group] for group in groups} for groups in (e.groups, e.predicted))
-    by_group = [row for row in e.subgroups if row["by"] == "age group"]
     e.summary |= {
         "effective_n": round(effective, 1),
         "absent_classes": [name for name in GROUP_NAMES if name not in present],
@@ -256,7 +255,9 @@ def measure(evaluation, seed):
         "unknown_race": sum(face.race < 0 for face in e.faces),
         "ages_in_ranges": sum(face.spread > 0 for face in e.faces),
         "range_by_group": {
-            row["subgroup"]: [row.get("range_coverage"), row.get("range_width")] for row in by_group
+            row["subgroup"]: {"coverage": row["range_coverage"], "width": row["range_width"]}
+            for row in e.subgroups
+            if row["by"] == "age group" and "range_coverage" in row
         },
         **measure_calibration(e.confidence, e.right, e.clusters, seed),
         "widest_gaps": gaps,

@@ -302,7 +302,7 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
     assert summary["within_five_years"] == summary["range_coverage"] == summary["accuracy"]
     assert summary["range_width"] == {"value": 9, "ci95": [9, 9]}
     coverage = summary["range_coverage"]["value"]
-    assert summary["range_by_group"] == {"Young Adult": [coverage, 9]}
+    assert summary["range_by_group"] == {"Young Adult": {"coverage": coverage, "width": 9}}
     assert f"{'mean absolute error in years':34}{off.mean():7.2f}  [" in out
     assert summary["widest_gaps"][1]["difference"] == pytest.approx(100 / 110 - 0.6, abs=1e-6)
     assert summary["effective_n"] == summary["n"] == 280

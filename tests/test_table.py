@@ -10,7 +10,7 @@ from scipy import stats
 
 import table
 from cli import parse_args
-from common import MultitaskResNet18, load_checkpoint, save_checkpoint
+from common import FaceDataset, load_checkpoint, save_checkpoint
 from conftest import noise_pairs
 from metrics import METRICS
 from table import compare, format_difference, group_by_configuration, make_table
@@ -18,90 +18,6 @@ from test_evaluate import no_figures, untrained
 
 __all__ = ["no_figures"]  # a fixture
 FLAGS = ["--device", "cpu", "--workers", 0]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Has the stages write checkpoints without training; collects their names and arguments.
-
-    Pretraining by age and the uniform row from random weights fail.
-    """
-    made = []
-    none = torch.empty(0, dtype=torch.int64)
-
-    def call(script, *flags):
-        args = parse_args(__import__(script).get_parser(), [str(flag) for flag in flags])
-        made.append((script, args))
-        if "random-uniform" in args.out or "age" in Path(args.out).stem:
-            return f"{script}.py: error: it failed"
-        held = {"train_hashes": none, "pretraining": {}}
-        if script == "pretrain":
-            save_checkpoint(args.out, "contrastive", args, weights={}, **held)
-            return None
-        if str(args.init).endswith(".pt"):
-            held["pretraining"] = load_checkpoint(args.init, "contrastive")["config"]
-        weights = MultitaskResNet18(multitask=args.multitask, by_year=True).state_dict()
-        save_checkpoint(args.out, "model", args, weights=weights, **held)
-        return None
-
-    monkeypatch.setattr(table, "call", call)
-    return made
-
-
-def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, calls, no_figures):
-    noise_pairs(tmp_path / "d/test", [10, 30, 50, 70])
-    (tmp_path / "c.yaml").write_text(
-        "pretrain: {image-size: 32, epochs: 7}\nfinetune: {image-size: 32, lr: 0.5}\n"
-    )
-    flags = ["--data", "d", "--config", "c.yaml", "--device", "cpu", "--workers", 0, "--precision", "bf16"]
-    flags += ["--weights", "random", "rank", "age", "--tasks", "multitask", "--seeds", 3, 4]
-    code, out, _ = cli("table", *flags, cwd=tmp_path)
-    assert code == 1 and "6 models, 6 not trained" in out.splitlines()[-1]
-    text = (tmp_path / "results/table.md").read_text()
-    for seed in (3, 4):
-        for name, script in (
-            ("random-uniform", "finetune"), ("age-uniform", "pretrain"), ("age-differentiated", "pretrain")
-        ):  # fmt: skip
-            assert f"Not trained: multitask-{name}-seed{seed} ({script}.py: error: it failed)\n" in text
-    rows = read_table(tmp_path / "results/table.md", "LR strategy")
-    assert [(row["LR strategy"], row["Pretrained weights"], row["Seeds"]) for row in rows] == [
-        ("differentiated", "random", "3, 4"),
-        ("uniform", "contrastive (rank)", "3, 4"),
-        ("differentiated", "contrastive (rank)", "3, 4"),
-    ]
-    assert "epochs 7" in text and "lr 0.5" in text
-    assert [script for script, _ in calls] == 2 * [*["pretrain"] * 2, *["finetune"] * 4]
-    for script, args in calls:
-        assert (args.data, args.device, args.workers, args.precision) == ("d", "cpu", 0, "bf16")
-        assert args.resume and not args.overwrite and args.image_size == 32
-        assert args.seed == int(Path(args.out).stem[-1]) and script in ("pretrain", "finetune")
-    trained = {Path(args.out).stem: args for _, args in calls}
-    args = trained["multitask-rank-differentiated-seed4"]
-    assert (args.init, args.multitask) == ("table/contrastive-rank-seed4.pt", True)
-    assert args.lr_strategy == "differentiated" and trained["contrastive-rank-seed3"].positives == "rank"
-    assert json.loads((tmp_path / "results/multitask-rank-uniform-seed3/metrics.json").read_text())["n"] == 4
-
-
-def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls, refuse, monkeypatch):
-    monkeypatch.setattr(table, "call", lambda script, *flags: calls.append((script, flags)) or "no face")
-    code, _, err = cli("table", "--seeds", 0, "--overwrite", *FLAGS, cwd=tmp_path)
-    assert code == 2 and err == "table.py: error: no row was trained: no face\n"
-    assert [script for script, _ in calls] == [*["pretrain"] * 3, *["finetune"] * 8]
-    assert all("--overwrite" in flags and "--resume" not in flags for _, flags in calls)
-    refuse("table", "--weights", "view", "none", words=["--weights"], cwd=tmp_path)
-    refuse("table", "--seeds", -1, words=["--seeds"], cwd=tmp_path)
-
-
-def test_call_returns_the_error_of_a_script(capfd):
-    error = table.call("split", "--input", "nowhere", "--fractions", 1, 1, 1)
-    assert error.startswith("split.py: error: --fractions sum to 3")
-    printed = capfd.readouterr()
-    assert "$ python split.py --input nowhere --fractions 1 1 1" in printed.out and error in printed.err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,21 +116,25 @@ def read_table(path, header):
     return rows
 
 
-def scored(strategy, seed, accuracy, **settings):
+def scored(accuracy, checkpoint, path="m.pt"):
     """A model of which all COMPARED metrics and the error in years are known, or NaN."""
-    config = {"lr_strategy": strategy, "seed": seed, "init": "random", **settings}
     metrics = dict.fromkeys(table.COMPARED, accuracy) | {"mae_years": 10 * accuracy}
     draws = {name: accuracy + np.linspace(-0.02, 0.02, 100) for name in metrics}
     summary = {name: {"ci95": [value - 0.02, value + 0.03]} for name, value in metrics.items()}
-    checkpoint = {"config": config, "pretraining": {}}
+    summary |= {"seen_in_training": 0, "chose_the_epoch": 0}
     values = {"metrics": metrics, "draws": draws, "summary": summary, "checkpoint": checkpoint}
-    return SimpleNamespace(path=f"{strategy}{seed}.pt", faces=[None] * 9, **values)
+    return SimpleNamespace(path=path, faces=[None] * 9, **values)
+
+
+def model(strategy, seed, accuracy, **settings):
+    config = {"lr_strategy": strategy, "seed": seed, "init": "random", **settings}
+    return scored(accuracy, {"config": config, "pretraining": {}}, f"{strategy}{seed}.pt")
 
 
 def test_table_and_differences_of_known_models(capsys, tmp_path):
-    many = [scored("uniform", seed, 0.7 + seed / 100) for seed in (2, 0, 1)]
-    many += [scored("differentiated", seed, 0.75 + seed / 100) for seed in (0, 1, 2)]
-    many += [scored("uniform", 0, np.nan, lr=0.1)]
+    many = [model("uniform", seed, 0.7 + seed / 100) for seed in (2, 0, 1)]
+    many += [model("differentiated", seed, 0.75 + seed / 100) for seed in (0, 1, 2)]
+    many += [model("uniform", 0, np.nan, lr=0.1)]
     (tmp_path / "t.md").write_text(make_table(many, "d/test"))
     first, second, third = read_table(tmp_path / "t.md", "LR strategy")
     assert (first["LR strategy"], first["Seeds"], first["Other settings"]) == ("uniform", "0, 1, 2", "lr off")
@@ -228,7 +148,7 @@ def test_table_and_differences_of_known_models(capsys, tmp_path):
     assert one["accuracy (micro)"] == f"+5.0 [{5 - half:+.1f}, {5 + half:+.1f}]"
     assert (other["Difference"], other["Where"]) == ("lr 0.1 − lr off", "uniform, classification, random")
     assert other["accuracy (micro)"] == "–" and other["Holds for"] == "these trained models only"
-    alone = make_table([scored("uniform", 0, 0.7), scored("uniform", 0, 0.8)], "d")
+    alone = make_table([model("uniform", 0, 0.7), model("uniform", 0, 0.8)], "d")
     assert (
         "two of them alike: uniform0.pt, uniform0.pt" in capsys.readouterr().err
         and "Differences" not in alone
@@ -236,31 +156,136 @@ def test_table_and_differences_of_known_models(capsys, tmp_path):
     assert "| 70.0 [68.0, 73.0] |" in make_table(many[1:2], "d")
 
 
-def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures):
-    noise_pairs(tmp_path / "d/val", [2, 10, 20, 30, 50, 70] * 5)
-    runs = tmp_path / "runs"
-    paths = [untrained(runs / f"a{seed}.pt", seed) for seed in range(3)]
-    paths += [untrained(runs / f"run.v{i}.pt", 5 + i, lr_strategy="differentiated") for i in range(3)]
-    paths += [untrained(runs / "one.pt", multitask=False, age_sigma=0)]
+def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkeypatch):
+    noise_pairs(tmp_path / "d/val", [2, 10, 20, 30, 50, 70] * 3)
+    runs, read = tmp_path / "runs", []
+    paths = [untrained(runs / f"a{seed}.pt", seed) for seed in range(2)]
+    paths += [untrained(runs / "run.v1.pt", 5, lr_strategy="differentiated")]
+    paths += [untrained(runs / "run.v2.pt", multitask=False, age_sigma=0)]
     shutil.copy(paths[0], runs / "a0.last.pt")
     (runs / "bad.pt").write_text("no checkpoint")
     torch.save(torch.load(paths[0], weights_only=True) | {"kind": "contrastive"}, runs / "c.pt")
+
+    def read_faces(*key, **options):
+        read.append(key)
+        return FaceDataset(*key, **options)
+
+    monkeypatch.setattr(table, "FaceDataset", read_faces)
     flags = ["--data", tmp_path / "d", "--split", "val", "--results", tmp_path / "r", *FLAGS]
-    code, out, err = cli("table", *sorted(runs.glob("*.pt")), *flags)
+    code, out, err = cli("table", *sorted(runs.glob("*.pt")), *flags, "--seed", 1)
     assert code == 1 and err.count("\n") == 1 and err.startswith("table.py: error: ") and "bad.pt" in err
     assert "skipped, being no finished models: a0.last.pt, c.pt\n" in out and "1 not scored" in out
-    names = ["a0", "a1", "a2", "run.v0", "run.v1", "run.v2", "one"]
+    assert len(read) == 2  # once with masks, once without
+    names = ["a0", "a1", "run.v1", "run.v2"]
     assert {path.name for path in (tmp_path / "r").iterdir()} == {*names, "table.md"}
     scores = [json.loads((tmp_path / f"r/{name}/metrics.json").read_text()) for name in names]
-    three, one, others = read_table(tmp_path / "r/table.md", "LR strategy")
-    assert (one["Task"], one["Seeds"], one["Other settings"]) == ("classification", "0", "age-sigma off")
-    assert (three["Task"], three["Seeds"], three["Pretrained weights"]) == ("multitask", "0, 1, 2", "random")
-    assert (others["LR strategy"], others["Seeds"]) == ("differentiated", "5, 6, 7")
-    for row, part in ((three, scores[:3]), (others, scores[3:6])):
-        values = [100 * score["accuracy"]["value"] for score in part]
-        assert row["accuracy (micro)"] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-    assert (one[METRICS["mae_years"]], one[METRICS["mask_iou"]]) == ("–", "–")
+    two, one, other = read_table(tmp_path / "r/table.md", "LR strategy")
+    assert (two["Task"], two["Seeds"], two["Pretrained weights"]) == ("multitask", "0, 1", "random")
+    values = [100 * score["auc_macro_ovr"]["value"] for score in scores]
+    assert two[METRICS["auc_macro_ovr"]] == f"{np.mean(values[:2]):.1f} ± {np.std(values[:2], ddof=1):.1f}"
+    low, high = (100 * end for end in scores[2]["auc_macro_ovr"]["ci95"])
+    assert one["LR strategy"] == "differentiated"
+    assert one[METRICS["auc_macro_ovr"]] == f"{values[2]:.1f} [{low:.1f}, {high:.1f}]"
+    assert (other["Task"], other["Seeds"], other["Other settings"]) == (
+        "classification",
+        "0",
+        "age-sigma off",
+    )
+    assert (other[METRICS["mae_years"]], other[METRICS["mask_iou"]]) == ("–", "–")
     [difference] = read_table(tmp_path / "r/table.md", "Difference")
-    assert (difference["Difference"], difference["Holds for"]) == ("differentiated − uniform", "other seeds")
+    assert (difference["Difference"], difference["Holds for"]) == (
+        "differentiated − uniform", "these trained models only"
+    )  # fmt: skip
+    assert cli("evaluate", paths[0], *flags[:4], "--out", tmp_path / "e", "--seed", 1, *FLAGS)[0] == 0
+    alone = json.loads((tmp_path / "e/metrics.json").read_text())
+    assert alone == scores[0]  # the same draws as evaluate.py's
     refuse("table", runs / "c.pt", *flags, words=["none of the 1 files is a model"])
     refuse("table", paths[0], "--data", tmp_path, words=["test"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Has the stages write checkpoints without training; collects their names and arguments.
+
+    Pretraining by age and the uniform row from random weights fail.
+    """
+    made = []
+    none = torch.empty(0, dtype=torch.int64)
+
+    def call(script, *flags):
+        args = parse_args(__import__(script).get_parser(), [str(flag) for flag in flags])
+        made.append((script, args))
+        if "random-uniform" in args.out or "age" in Path(args.out).stem:
+            return f"{script}.py: error: it failed"
+        held = {"train_hashes": none, "pretraining": {}}
+        if script == "pretrain":
+            save_checkpoint(args.out, "contrastive", args, weights={}, **held)
+            return None
+        if str(args.init).endswith(".pt"):
+            held["pretraining"] = load_checkpoint(args.init, "contrastive")["config"]
+        save_checkpoint(args.out, "model", args, weights={}, **held)
+        return None
+
+    monkeypatch.setattr(table, "call", call)
+    return made
+
+
+def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, calls, monkeypatch):
+    places = []
+    monkeypatch.setattr(
+        table, "score_model", lambda path, *_, **__: scored(0.7, load_checkpoint(path, "model"))
+    )
+    monkeypatch.setattr(table, "measure", lambda *_: None)
+    monkeypatch.setattr(table, "write_results", lambda _, place: places.append(str(place)))
+    (tmp_path / "c.yaml").write_text(
+        "pretrain: {image-size: 32, epochs: 7}\nfinetune: {image-size: 32, lr: 0.5}\n"
+    )
+    flags = ["--data", "d", "--config", "c.yaml", "--device", "cpu", "--workers", 0, "--precision", "bf16"]
+    flags += ["--weights", "random", "rank", "age", "--tasks", "multitask", "--seeds", 3, 4]
+    code, out, _ = cli("table", *flags, cwd=tmp_path)
+    assert code == 1 and "6 models, 6 not trained" in out.splitlines()[-1]
+    text = (tmp_path / "results/table.md").read_text()
+    for seed in (3, 4):
+        for name, script in (
+            ("random-uniform", "finetune"), ("age-uniform", "pretrain"), ("age-differentiated", "pretrain")
+        ):  # fmt: skip
+            assert f"Not trained: multitask-{name}-seed{seed} ({script}.py: error: it failed)\n" in text
+    rows = read_table(tmp_path / "results/table.md", "LR strategy")
+    assert [(row["LR strategy"], row["Pretrained weights"], row["Seeds"]) for row in rows] == [
+        ("differentiated", "random", "3, 4"),
+        ("uniform", "contrastive (rank)", "3, 4"),
+        ("differentiated", "contrastive (rank)", "3, 4"),
+    ]
+    assert "epochs 7" in text and "lr 0.5" in text
+    assert [script for script, _ in calls] == 2 * [*["pretrain"] * 2, *["finetune"] * 4]
+    for script, args in calls:
+        assert (args.data, args.device, args.workers, args.precision) == ("d", "cpu", 0, "bf16")
+        assert args.resume and not args.overwrite and args.image_size == 32
+        assert args.seed == int(Path(args.out).stem[-1]) and script in ("pretrain", "finetune")
+    trained = {Path(args.out).stem: args for _, args in calls}
+    args = trained["multitask-rank-differentiated-seed4"]
+    assert (args.init, args.multitask) == ("table/contrastive-rank-seed4.pt", True)
+    assert args.lr_strategy == "differentiated" and trained["contrastive-rank-seed3"].positives == "rank"
+    assert "results/multitask-rank-uniform-seed3" in places and len(places) == 6
+
+
+def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls, refuse, monkeypatch):
+    monkeypatch.setattr(table, "call", lambda script, *flags: calls.append((script, flags)) or "no face")
+    code, _, err = cli("table", "--seeds", 0, "--overwrite", *FLAGS, cwd=tmp_path)
+    assert code == 2 and err == "table.py: error: no row was trained: no face\n"
+    assert [script for script, _ in calls] == [*["pretrain"] * 3, *["finetune"] * 8]
+    assert all("--overwrite" in flags and "--resume" not in flags for _, flags in calls)
+    refuse("table", "--weights", "view", "none", words=["--weights"], cwd=tmp_path)
+    refuse("table", "--seeds", -1, words=["--seeds"], cwd=tmp_path)
+
+
+def test_call_returns_the_error_of_a_script(capfd):
+    error = table.call("split", "--input", "nowhere", "--fractions", 1, 1, 1)
+    assert error.startswith("split.py: error: --fractions sum to 3")
+    printed = capfd.readouterr()
+    assert "$ python split.py --input nowhere --fractions 1 1 1" in printed.out and error in printed.err

@@ -38,7 +38,6 @@ WEIGHTS = ("random", "imagenet", "view", "age", "rank")
 PRETRAINED = ("view", "age", "rank")
 TASKS = ("classification", "multitask")
 LR_STRATEGIES = ("uniform", "differentiated")
-KINDS = ("model", "contrastive")
 
 COLUMNS = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro", "precision_macro", "ap_macro")
 COLUMNS += ("within_one_group", "mae_years", "mask_iou")
@@ -290,7 +289,8 @@ def main(args):
     read = cache(FaceDataset)  # once for all models
     for path, place in progress(result_folders(models, results).items(), "models", unit="model"):
         try:
-            if path.name.endswith(".last.pt") or load_checkpoint(path, KINDS)["kind"] != "model":
+            unfinished = path.name.endswith(".last.pt")
+            if unfinished or load_checkpoint(path, ("model", "contrastive"))["kind"] != "model":
                 skipped.append(path.name)
                 continue
             scored = score_model(path, folder, device, torch.float32, args.workers, read=read)
@@ -303,9 +303,7 @@ def main(args):
         warn_of_seen(scored)
         many.append(scored)
     if not many:
-        raise UserError(
-            f"none of the {len(models)} files is a model that can be scored: run finetune.py first"
-        )
+        raise UserError(f"none of the {len(models)} files is a model that can be scored")
     text = make_table(many, folder)
     for name, error in failed:
         text += f"\nNot trained: {name} ({error})\n"
@@ -315,11 +313,8 @@ def main(args):
     if skipped:
         print(f"skipped, being no finished models: {', '.join(skipped)}")
     line = f"{results} written: table.md, and a folder for each of {len(many)} models"
-    if failed:
-        line += f", {len(failed)} not trained"
-    if unreadable:
-        line += f", {unreadable} not scored"
-    print(line)
+    counts = {"not trained": len(failed), "not scored": unreadable}
+    print(line + "".join(f", {count} {what}" for what, count in counts.items() if count))
     if unreadable or failed:
         sys.exit(1)
 
