@@ -9,17 +9,19 @@
 # stopped goes on where it stood when the same line is given again.
 
 PYTHON ?= python3
-BIN := $(CURDIR)/.venv/bin
-RUN_DIR := $(CURDIR)/runs/$(if $(DATA),utkface,synthetic)
-SCRIPT = cd $(RUN_DIR) && $(BIN)/python $(CURDIR)
-CONFIG := --config $(CURDIR)/configs/quickstart.yaml
+BIN := .venv/bin
+RUN_DIR := runs/$(if $(DATA),utkface,synthetic)
+# Every folder of a run is two below this one, and no path but DATA is absolute: either may hold spaces.
+SCRIPT = cd $(RUN_DIR) && ../../$(BIN)/python ../..
+CONFIG := --config configs/quickstart.yaml
+INPUT := $(if $(DATA),--input "$(if $(filter /%,$(firstword $(DATA))),,../../)$(DATA)")
 
 .PHONY: data run best table test soak
 
 data: .venv/run-installed
 	mkdir -p $(RUN_DIR)
 	$(if $(DATA),,$(SCRIPT)/tools/synthesize.py $(CONFIG))
-	$(SCRIPT)/masks.py $(CONFIG) $(if $(DATA),--input $(abspath $(DATA)))
+	$(SCRIPT)/masks.py $(CONFIG) $(INPUT)
 	$(SCRIPT)/split.py $(CONFIG)
 
 run: data
@@ -28,8 +30,8 @@ run: data
 	$(SCRIPT)/evaluate.py $(CONFIG)
 	@echo "Look at $(RUN_DIR): dataset/processed/preview.png, contrastive.png, model.png, results/*.png"
 
-best: CONFIG := --config $(CURDIR)/configs/cpu.yaml
-best: RUN_DIR := $(CURDIR)/runs/best$(if $(DATA),,-synthetic)
+best: CONFIG := --config configs/cpu.yaml
+best: RUN_DIR := runs/best$(if $(DATA),,-synthetic)
 best: data
 	$(SCRIPT)/pretrain.py $(CONFIG) --resume $(FLAGS)
 	$(SCRIPT)/finetune.py $(CONFIG) --multitask --lr-strategy differentiated --init contrastive.pt --resume $(FLAGS)

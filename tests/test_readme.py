@@ -1,8 +1,10 @@
 """Every command that the docs, scripts and configs name is one that its script takes."""
 
 import importlib
+import os
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -55,6 +57,24 @@ def test_the_docs_name_every_script_config_and_target():
         assert ("--precision bf16" in done.stdout) == (target in ("best", "table"))
         for script, arguments in found:
             parse_args(importlib.import_module(script).get_parser(), arguments)
+
+
+@pytest.mark.parametrize("data", ["my data/x.tar.gz", "/my data/x.tar.gz"])
+def test_make_runs_where_folders_have_spaces(tmp_path, data):
+    """A stand-in for the interpreter writes down what it is asked to run, and where."""
+    clone = tmp_path / "my clone"
+    (clone / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, clone)
+    (clone / ".venv/bin/python").write_text('#!/bin/sh\nfor part in "$PWD" "$@"; do echo "$part"; done\n')
+    (clone / ".venv/bin/python").chmod(0o755)
+    (clone / ".venv/run-installed").touch()
+    done = subprocess.run(["make", "-s", "data", f"DATA={data}"], cwd=clone, capture_output=True, text=True)
+    printed = done.stdout.splitlines()
+    assert done.returncode == 0 and printed[0] == str(clone / "runs/utkface"), done.stderr
+    given = printed[printed.index("--input") + 1]
+    assert os.path.normpath(clone / "runs/utkface" / given) == os.path.normpath(clone / data)
+    assert "../../masks.py" in printed and "../../split.py" in printed
 
 
 def test_the_readme_is_read_to_the_end():
