@@ -293,7 +293,7 @@ def test_masks_follow_the_picture(drawn):
 
 def parsing_network(path, classes=19, side=512):
     """A stand-in for a face-parsing ONNX: 1×1 convolution to logits, an auxiliary output beside them."""
-    onnx = pytest.importorskip("onnx")
+    onnx = pytest.importorskip("onnx", exc_type=ModuleNotFoundError)
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(classes, 3, 1, 1)).astype(np.float32)
     shape = onnx.helper.make_tensor_value_info
