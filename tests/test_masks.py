@@ -190,7 +190,7 @@ def test_linked_folders_are_read_and_the_output_is_not(raw, tmp_path, cli):
         assert skipped(tmp_path / "in/out") == {"gone.jpg": "No such file or directory"}
 
 
-def test_what_cannot_be_used_at_all_is_an_error(raw, tmp_path, refuse):
+def test_what_cannot_be_used_at_all_is_an_error(raw, tmp_path, refuse, monkeypatch):
     names = sorted(os.listdir(raw))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
         for name in names:
@@ -213,6 +213,10 @@ def test_what_cannot_be_used_at_all_is_an_error(raw, tmp_path, refuse):
     refuse("masks", *flags, tmp_path / "lfs", words=["none of its 4 files", "(3) for: unreadable image"])
     assert skipped(tmp_path / "out")["Icon\r"] == "malformed name" and len(skipped(tmp_path / "out")) == 4
     assert os.listdir(tmp_path / "out") == ["skipped.csv"]
+    monkeypatch.setattr("masks.MAX_BYTES", 2**20)
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / names[0]).write_bytes((raw / names[0]).read_bytes() + bytes(2**20))
+    refuse("masks", *flags, tmp_path / "large", words=["(1) for: larger than 1 MiB"])
 
 
 def test_of_several_pages_the_first_is_used_and_the_rest_named(raw, tmp_path, cli):
