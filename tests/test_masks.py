@@ -252,7 +252,7 @@ def test_resumes_with_what_is_missing(raw, tmp_path, cli, refuse, monkeypatch):
     before = pairs(out)
     names = sorted(before)
     (out / names[0]).unlink()
-    (out / names[4]).unlink()
+    (out / names[5]).unlink()  # a mask
     kept = cv2.imencode(".png", np.zeros((20, 20, 3), np.uint8))[1].tobytes()
     (out / names[8]).write_bytes(kept)
     for name in (".tmp-young.png", ".tmp-old.png"):  # another run's, at work here, and a killed one's
