@@ -287,7 +287,13 @@ def test_small_pictures_are_refused():
 
 def test_what_is_cut_or_no_picture_is_refused():
     jpeg, clear = encoded(face(), "JPEG"), encoded(face().convert("RGBA"), "PNG")
-    whole = [(jpeg, "truncated"), (encoded(face(), "PNG"), "truncated"), (clear, "truncated")]
+    preview = encoded(face(), "JPEG", comment=b"\xff\xd9")  # the mark of an end, as of a preview within
+    whole = [
+        (jpeg, "truncated"),
+        (preview, "truncated"),
+        (encoded(face(), "PNG"), "truncated"),
+        (clear, "truncated"),
+    ]
     for data, word in (
         *whole,
         (encoded(face(), "WEBP"), "unreadable"),
@@ -320,4 +326,5 @@ def test_pixel_hashes():
     changed = picture.copy()
     changed[3, 4, 1] ^= 1
     assert len({pixel_hash(image) for image in (picture, changed, picture.reshape(60, 80, 3))}) == 3
-    assert -(2**63) <= pixel_hash(picture) < 2**63  # as torch keeps it
+    hashes = [pixel_hash(np.full((20, 20), grey, np.uint8)) for grey in range(20)]
+    assert -(2**63) <= min(hashes) < 0 < max(hashes) < 2**63  # as torch keeps them
