@@ -173,10 +173,10 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
 
 
 def label_subgroups(faces, groups):
-    """{kind: (the subgroup of each of N faces, "" if unknown; all of the kind's subgroups, in order)}."""
-    genders = np.array([*GENDERS, ""])[[face.gender for face in faces]]  # -1 is the last
-    races = np.array([*RACES, ""])[[face.race for face in faces]]
-    both = [f"{race}, {gender}" if race and gender else "" for race, gender in zip(races, genders)]
+    """{kind: (the label of each of N faces; the names of the kind's subgroups)}; unknown is no subgroup."""
+    genders = np.array([*GENDERS, "unknown"])[[face.gender for face in faces]]  # -1 is the last
+    races = np.array([*RACES, "unknown"])[[face.race for face in faces]]
+    both = [f"{race}, {gender}" for race, gender in zip(races, genders)]
     return {
         "age group": (np.array(GROUP_NAMES)[groups], GROUP_NAMES),  # where accuracy is recall
         "gender": (genders, GENDERS),

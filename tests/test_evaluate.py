@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import logit
 from sklearn import metrics as sk
 
 import evaluate
@@ -26,6 +27,7 @@ from metrics import (
     calibration_error,
     effective_faces,
     gap_p_value,
+    interval,
     logit_interval,
     measure_calibration,
     rates,
@@ -104,6 +106,11 @@ def test_balanced_accuracy_is_worth_the_faces_of_a_share_with_its_variance():
     assert faces == pytest.approx(shares.mean() * (1 - shares.mean()) / variance)
     assert balanced_accuracy(right[8:], groups[8:], np.arange(32)) == pytest.approx((0.75, 32))
     assert balanced_accuracy(right, groups, np.arange(40) // 2)[1] == pytest.approx(faces / 2)
+
+
+def test_percentile_interval():
+    assert interval(np.array([np.nan, *range(101)])) == [2.5, 97.5]
+    assert np.isnan(interval(np.array([np.nan]))).all()
 
 
 def test_interval_in_log_odds():
@@ -235,6 +242,7 @@ def scores(known, monkeypatch):
     confidence = {stem: 0.51 + 0.001 * i for i, stem in enumerate(known.right)}
 
     def answer(model, dataset, device, dtype):
+        known.dtype = dtype
         stems = [face.stem for face in dataset.faces]
         assert len(dataset.images) == len(dataset.masks) == len(stems)
         right = torch.tensor([known.right[stem] for stem in stems])
@@ -271,6 +279,7 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
     model = untrained(tmp_path / "m.pt")
     code, out, err = cli("evaluate", model, "--data", known.data, "--out", tmp_path / "r", *CPU)
     assert (code, err) == (0, "")
+    assert known.dtype == torch.float32
     rows = {row["subgroup"]: row for row in read_csv(tmp_path / "r/subgroups.csv")}
     for race, (hits, count) in RIGHT.items():
         row = {key: float(rows[race][key]) for key in list(rows[race])[2:]}
@@ -341,6 +350,11 @@ def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(known, scores,
     [row] = [row for row in read_csv(tmp_path / "r/subgroups.csv") if row["subgroup"] == "Asian"]
     ends = [float(row["accuracy_low"]), float(row["accuracy_high"])]
     assert ends == pytest.approx(wilson(100 / 110, 11), abs=1e-5)
+    [gap] = [gap for gap in summary["widest_gaps"] if gap["by"] == "race"]
+    assert gap["p"] > 0.05  # 0.001 of single faces
+    alone = measure_calibration(np.array(list(scores.values())), np.ones(280), np.arange(280))
+    calibration_errors = [x["calibration_error_if_perfect"]["mean"] for x in (summary, alone)]
+    assert calibration_errors[0] > 2 * calibration_errors[1]
     right = np.array([known.right[stem] for stem in stems])
     leaked = np.isin(np.arange(280) // 10, [0, 3])
     leaks = summary["near_duplicates_in_train"]
@@ -365,6 +379,7 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
     )
     lines[21] += f"{stems[11]}_image.png"
     lines.append(f"other_image.png,val,{stems[22]}_image.png")
+    lines.append(f"another_image.png,train,{stems[0]}_image.png")  # near one that is learned from itself
     (data / "split.csv").write_text("\n".join(["file,split,duplicate_of", *lines]) + "\n")
     flags = [model, "--data", data, "--out", tmp_path / "r", *CPU]
     code, _, err = cli("evaluate", *flags)
@@ -372,9 +387,11 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
     assert code == 0 and "was trained on 5 of these 280 faces" in err
     assert "had its epoch selected on 7 of these 280 faces" in err
     assert (summary["seen_in_training"], summary["chose_the_epoch"], summary["n"]) == (5, 7, 280)
+    assert summary["near_duplicates_in_train"]["n"] == 0
 
-    code, out, err = cli("evaluate", *flags, "--unseen")
+    code, out, err = cli("evaluate", *flags, "--unseen", "--precision", "bf16")
     assert (code, err) == (0, "") and "left out by --unseen, near-duplicates included: 15\n" in out
+    assert known.dtype == torch.bfloat16
     kept = [row["file"] for row in read_csv(tmp_path / "r/predictions.csv")]
     assert sorted(kept) == sorted(
         f"{stem}_image.png" for i, stem in enumerate(stems) if 12 <= i not in (20, 21, 22)
@@ -386,7 +403,7 @@ def test_faces_seen_are_counted_apart_and_left_out_if_asked(known, scores, tmp_p
         untrained(model, **content)
         assert cli("evaluate", *flags)[0] == 0
         summary = json.loads((tmp_path / "r/metrics.json").read_text())
-        assert summary["near_duplicates_in_train"]["n"] == 1
+        assert summary["near_duplicates_in_train"]["n"] == 2
     untrained(model, train_hashes=hashes)
     refuse("evaluate", *flags, "--unseen", words=["--unseen", "0 of 280 faces"])
 
@@ -438,6 +455,7 @@ def test_figures_show_what_was_measured(monkeypatch):
     assert axis.collections[1].get_offsets().data[:3] == pytest.approx(
         np.array([[1, 0], [4 / 6, 1], [10 / 12, 2]])
     )
+    assert axis.collections[1].get_facecolors()[0].tolist() == [1, 1, 1, 1]  # hollow
     assert axis.collections[0].get_segments()[1][:, 0] == pytest.approx(wilson(4 / 6, 6), abs=1e-6)
 
     shown = []
@@ -449,25 +467,25 @@ def test_figures_show_what_was_measured(monkeypatch):
 
 def test_own_faces_with_unknown_labels_and_ranges_of_years(tmp_path, cli, no_figures):
     """Known and unknown gender and race; ages with decimals, in a range within a group, and across two."""
-    stems = ["31.6_0_1_a", "50-59_x_2_b", "3-9_1_2_c", "8_1_x_d"]
+    stems = ["31.6_0_1_a", "50-59_x_2_b", "3-9_1_2_c", "8_1_x_d", "9_1_x_e"]
     for i, stem in enumerate(stems):
         write_pair(tmp_path / "d/test", stem, np.full((20, 20, 3), 50 * i, np.uint8))
     flags = ["--data", tmp_path / "d", "--out", tmp_path / "r", *CPU]
     code, out, _ = cli("evaluate", untrained(tmp_path / "m.pt"), *flags)
     summary = json.loads((tmp_path / "r/metrics.json").read_text())
-    assert code == 0 and (summary["n"], summary["left_out_across_groups"]) == (3, 1)
-    assert (summary["unknown_gender"], summary["unknown_race"], summary["ages_in_ranges"]) == (1, 1, 1)
+    assert code == 0 and (summary["n"], summary["left_out_across_groups"]) == (4, 1)
+    assert (summary["unknown_gender"], summary["unknown_race"], summary["ages_in_ranges"]) == (1, 2, 1)
     assert "the range of ages crosses groups: 1\n" in out and "gender, since it is unknown: 1\n" in out
     rows = read_csv(tmp_path / "r/predictions.csv")
-    assert [(row["age"], row["true"]) for row in rows] == [("31.6", "3"), ("54.5", "4"), ("8", "1")]
-    counts = [(row["subgroup"], row["n"]) for row in read_csv(tmp_path / "r/subgroups.csv")]
-    assert counts[3:] == [
-        ("male", "1"),
-        ("female", "1"),
-        ("Black", "1"),
-        ("Asian", "1"),
-        ("Black, male", "1"),
+    assert [(row["age"], row["true"]) for row in rows] == [
+        ("31.6", "3"),
+        ("54.5", "4"),
+        ("8", "1"),
+        ("9", "1"),
     ]
+    counts = [(row["subgroup"], row["n"]) for row in read_csv(tmp_path / "r/subgroups.csv")]
+    known = [("male", "1"), ("female", "2"), ("Black", "1"), ("Asian", "1"), ("Black, male", "1")]
+    assert counts[3:] == known
     for stem in stems[:2] + stems[3:]:
         (tmp_path / f"d/test/{stem}_image.png").unlink()
     code, _, err = cli("evaluate", tmp_path / "m.pt", *flags)
@@ -475,12 +493,13 @@ def test_own_faces_with_unknown_labels_and_ranges_of_years(tmp_path, cli, no_fig
 
 
 def test_errors_in_years_of_ranges_and_of_decimals():
-    faces = [Face("a", 54.5, spread=4.5), Face("b", 31.4), Face("c", 31.6), Face("d", 116)]
-    e = answered(faces, np.eye(6)[[4, 3, 3, 5]], [62, 31, 35, 95], [55, 29, 29, 90], [70, 31, 31, 100])
-    assert e.per_face["mae_years"] == pytest.approx([3, 0.4, 3.4, 21])
-    assert e.per_face["within_five_years"].tolist() == [1, 1, 1, 0] and "range_coverage" not in e.per_face
-    e = answered(faces[1:], np.eye(6)[[3, 3, 5]], [31, 35, 95], [29, 29, 90], [31, 31, 100])
-    assert e.per_face["range_coverage"].tolist() == [1, 0, 1]  # 31.6 counts as 32, 116 as 100 or more
+    faces = [Face("a", 54.5, spread=4.5), Face("b", 31.4), Face("c", 31.6), Face("d", 116), Face("e", 30)]
+    chances, high = np.eye(6)[[4, 3, 3, 5, 3]], [70, 31, 31, 100, 40]
+    e = answered(faces, chances, [62, 31, 35, 95, 35], [55, 29, 29, 90, 30], high)
+    assert e.per_face["mae_years"] == pytest.approx([3, 0.4, 3.4, 21, 5])
+    assert e.per_face["within_five_years"].tolist() == [1, 1, 1, 0, 1] and "range_coverage" not in e.per_face
+    e = answered(faces[1:], chances[1:], [31, 35, 95, 35], [29, 29, 90, 30], high[1:])
+    assert e.per_face["range_coverage"].tolist() == [1, 0, 1, 1]  # 31.6 counts as 32, 116 as 100 or more
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -512,6 +531,8 @@ def test_writes_every_file_before_it_prints(tmp_path, cli, monkeypatch):
         assert 0 <= float(row["age_low"]) <= float(row["predicted_age"]) <= float(row["age_high"]) <= 100
     accuracy = np.mean([row["true"] == row["predicted"] for row in rows])
     assert summary["accuracy"]["value"] == pytest.approx(accuracy, abs=1e-6) and summary["n"] == len(rows)
+    value, ends = summary["ap_macro"].values()
+    assert logit(ends).mean() == pytest.approx(logit(value), abs=1e-3)
     for name in METRICS:
         value, (low, high) = summary[name].values()
         assert 0 <= low <= value <= high and (name in IN_YEARS or high <= 1)

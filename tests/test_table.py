@@ -69,7 +69,7 @@ def test_with_three_seeds_the_interval_is_students_t_and_for_other_seeds():
 
 
 def test_ends_near_zero_get_a_second_decimal():
-    assert format_difference(0.0131, [-0.012, 0.038]) == "+1.3 [-1.2, +3.8]"
+    assert format_difference(0.0131, [-0.0012, 0.038]) == "+1.3 [-0.1, +3.8]"
     assert format_difference(0.0031, [0.0003, 0.0062]) == "+0.31 [+0.03, +0.62]"
     assert format_difference(-0.0031, [-0.0062, -0.0004]) == "-0.31 [-0.62, -0.04]"
     assert format_difference(0.0, [0.0, 0.0]) == "+0.0 [+0.0, +0.0]"
@@ -280,12 +280,27 @@ def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls,
     assert code == 2 and err == "table.py: error: no row was trained: no face\n"
     assert [script for script, _ in calls] == [*["pretrain"] * 3, *["finetune"] * 8]
     assert all("--overwrite" in flags and "--resume" not in flags for _, flags in calls)
+    for _, flags in calls[3:]:
+        task, weights, strategy, _ = flags[-1].stem.split("-")
+        assert ("--multitask" in flags, "--no-multitask" in flags) == (
+            task == "multitask",
+            task != "multitask",
+        )
+        assert flags[flags.index("--lr-strategy") + 1] == strategy and weights in str(flags)
     refuse("table", "--weights", "view", "none", words=["--weights"], cwd=tmp_path)
     refuse("table", "--seeds", -1, words=["--seeds"], cwd=tmp_path)
 
 
-def test_call_returns_the_error_of_a_script(capfd):
-    error = table.call("split", "--input", "nowhere", "--fractions", 1, 1, 1)
-    assert error.startswith("split.py: error: --fractions sum to 3")
+def test_call_returns_the_error_of_a_script_and_stops_with_it(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    for name, line in (
+        ("good", ""), ("bad", "print('no', 'face', file=sys.stderr); sys.exit(2)"),
+        ("mute", "sys.exit(3)"), ("stopped", "sys.exit(130)"),
+    ):  # fmt: skip
+        (tmp_path / f"{name}.py").write_text(f"import sys\n{line}\n")
+    assert table.call("good") is None and table.call("mute") == "mute.py ended with exit code 3"
+    assert table.call("bad", "--epochs", 2, "--out", "a b") == "no face"
     printed = capfd.readouterr()
-    assert "$ python split.py --input nowhere --fractions 1 1 1" in printed.out and error in printed.err
+    assert "$ python bad.py --epochs 2 --out 'a b'\n" in printed.out and printed.err == "no face\n"
+    with pytest.raises(KeyboardInterrupt):
+        table.call("stopped")
