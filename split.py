@@ -96,10 +96,21 @@ def aligned_correlation(image, other):
     return float(first @ second)
 
 
-def worth_listing(groups, first, others):
-    """Those of `others`, int (K,), whose pair with `first` is listed, given all items' groups, int (N,)."""
-    small = (groups == groups[first]).sum() <= MANY
-    return (others if small else others[groups[others] != groups[first]]).tolist()
+def find_candidates(vectors, others, block):
+    """Yields each item with those after it whose correlation is above `CANDIDATE`, if any: its index, theirs
+    (K,), and the correlations (K,), of vectors (N, D) with others (N, D).
+
+    Compares block by block: time grows with N², memory with N.
+    """
+    starts = range(0, len(vectors), block)
+    blocks = [(top, left) for top in starts for left in starts if left >= top]
+    for top, left in progress(blocks, "near-duplicates", unit="block"):
+        correlation = vectors[top : top + block] @ others[left : left + block].T  # block×block
+        for row in np.flatnonzero((correlation > CANDIDATE).any(axis=1)).tolist():
+            columns = np.flatnonzero(correlation[row] > CANDIDATE)
+            columns = columns[left + columns > top + row]
+            if len(columns):
+                yield top + row, left + columns, correlation[row, columns]
 
 
 def find_near_duplicates(thumbnails, threshold, workers=1, block=2048):
@@ -107,45 +118,37 @@ def find_near_duplicates(thumbnails, threshold, workers=1, block=2048):
 
     A pair counts above `AS_THEY_LIE` at 32×32, or above `threshold` once aligned at 64×64, mirrored or not.
     All pairs of a group are listed, but beyond `MANY` faces only those that link two parts of it: many copies
-    of one picture cost in proportion to their number. Compares block by block: time grows with N², memory
-    with N.
+    of one picture cost in proportion to their number.
     """
     small = np.stack([resize(thumbnail, 32) for thumbnail in thumbnails])
     upright, mirrored = unit_vectors(small), unit_vectors(small[:, :, ::-1])
-    lying, linked = np.arange(len(small)), np.arange(len(small))  # groups so far: as they lie, and in all
-    found = {}
+    found, groups = {}, np.arange(len(small))  # the group of each item so far
 
-    def join(groups, first, others):
+    def worth_listing(first, others):
+        return (groups[others] != groups[first]) | ((groups == groups[first]).sum() <= MANY)
+
+    def join(first, others):
         groups[np.isin(groups, groups[others])] = groups[first]
 
     def align(first, flip, second):
         other = thumbnails[second][:, ::-1].copy() if flip else thumbnails[second]
         return aligned_correlation(thumbnails[first], other)
 
-    starts = range(0, len(small), block)
-    blocks = [(top, left) for top in starts for left in starts if left >= top]
+    for first, others, correlation in find_candidates(upright, upright, block):
+        close = correlation > AS_THEY_LIE
+        listed = close & worth_listing(first, others)
+        for second, strength in zip(others[listed].tolist(), correlation[listed].tolist()):
+            found[first, second] = Pair(first, second, strength, aligned=False)
+        join(first, others[close])
     with ThreadPool(max(workers, 1)) as pool:
-        for top, left in progress(blocks, "near-duplicates", unit="block"):
-            for flip, vectors in enumerate((upright, mirrored)):
-                block_correlation = upright[top : top + block] @ vectors[left : left + block].T  # block×block
-                for row in np.flatnonzero((block_correlation > CANDIDATE).any(axis=1)).tolist():
-                    first, correlation = top + row, block_correlation[row]
-                    others = left + np.flatnonzero(correlation > CANDIDATE)
-                    others = others[others > first]
-                    if not flip:
-                        close = correlation[others - left] > AS_THEY_LIE
-                        copies, others = others[close], others[~close]
-                        for second in worth_listing(lying, first, copies):
-                            strength = float(correlation[second - left])
-                            found[first, second] = Pair(first, second, strength, aligned=False)
-                        join(lying, first, copies)
-                        join(linked, first, copies)
-                    others = worth_listing(linked, first, others)
-                    for second, strength in zip(others, pool.map(partial(align, first, flip), others)):
-                        known = found.get((first, second), Pair(first, second, threshold, aligned=True))
-                        if known.aligned and strength > known.correlation:
-                            found[first, second] = known._replace(correlation=strength)
-                            join(linked, first, [second])
+        for flip, vectors in enumerate((upright, mirrored)):
+            for first, others, _ in find_candidates(upright, vectors, block):
+                others = others[worth_listing(first, others)].tolist()
+                for second, strength in zip(others, pool.map(partial(align, first, flip), others)):
+                    known = found.get((first, second), Pair(first, second, threshold, aligned=True))
+                    if known.aligned and strength > known.correlation:
+                        found[first, second] = known._replace(correlation=strength)
+                        join(first, [second])
     return sorted(found.values())
 
 
