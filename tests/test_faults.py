@@ -42,8 +42,7 @@ def train(drawn, tmp_path, cli, small_model):
 def run_until(event, script, *flags, cwd):
     """Runs a script in a process of its own, killed at an event (0: never): (exit code, stdout)."""
     command = [sys.executable, Path(__file__).with_name("kill_at.py"), event, script_path(script), *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=env)
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode, done.stdout
 
@@ -57,7 +56,7 @@ def test_a_signal_to_all_processes_ends_them_with_one_line(drawn, tmp_path, name
     command = [sys.executable, ROOT / "tests/kill_at.py", 9, ROOT / "finetune.py", *flags]
     process = subprocess.Popen(
         list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "KILL_GROUP_BY": name, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "KILL_GROUP_BY": name},
     )  # fmt: skip
     assert process.communicate()[1] == f"finetune.py: {line}\n" and process.returncode == code
     with pytest.raises(ProcessLookupError):  # nobody is left of it
