@@ -238,11 +238,7 @@ def search(look, min_face, image):
         small = cv2.resize(image, reduced.tolist(), interpolation=cv2.INTER_AREA)
         for left, top in product(*(range(0, max(1, length - OVERLAP), TILE - OVERLAP) for length in reduced)):
             faces = look(small[top : top + TILE, left : left + TILE])
-            # What reaches over a tile's edge is whole in the next tile, or at a coarser scale.
-            start, low, high = np.array([left, top]), faces[:, :2], faces[:, :2] + faces[:, 2:4]
-            torn = (low < 0) & (start > 0) | (high > TILE) & (start + TILE < reduced)
-            back = np.diag(size / reduced) @ [[1, 0, left], [0, 1, top]]
-            found.append(move(faces[~torn.any(axis=1)], back))
+            found.append(move(faces, np.diag(size / reduced) @ [[1, 0, left], [0, 1, top]]))
         if max(reduced) <= COARSEST:
             break
         scale /= STEP
@@ -251,7 +247,7 @@ def search(look, min_face, image):
 
 
 def look_closely(look, image, face):
-    """A face found, (15,), as YuNet is surest of it, and how many quarters to turn the picture by for that.
+    """A face noticed, (15,), as YuNet is surest of it, and by how many quarters it was turned for that.
 
     YuNet puts the landmarks of a face that stands on its head upright, and only its score tells.
     """
@@ -260,7 +256,7 @@ def look_closely(look, image, face):
     upright = np.column_stack([np.eye(2) / side, 0.5 - centre / side])
     ways = []
     for quarters in range(4):
-        warp = compose(quarter_turn(-quarters, 1, 1), upright)
+        warp = compose(quarter_turn(quarters, 1, 1), upright)
         faces = move(look(cut(image, warp, PATCH)), cv2.invertAffineTransform(warp * PATCH))
         distance = np.abs(faces[:, :2] + faces[:, 2:4] / 2 - centre).max(axis=1)
         ways += [(one, quarters) for one in faces[distance < side / 8]]  # others are neighbours

@@ -128,7 +128,7 @@ def test_crops_are_those_that_were_put_into_the_picture(detector):
     assert boxes == sorted(boxes)
 
 
-def test_each_face_of_a_large_picture_once(detector):
+def test_each_face_of_a_large_picture_once(detector, monkeypatch):
     """Across the edges of tiles, in their overlaps, at the border, and at several scales."""
     places = [(1152, 400), (1216, 640), (1280, 880), (48, 48), (2304, 1232), (2400, 120)]
     picture, _ = photograph(places, (2600, 1600))
@@ -138,9 +138,17 @@ def test_each_face_of_a_large_picture_once(detector):
     middles = {(round(c.box[0] + c.box[2] / 2), round(c.box[1] + c.box[3] / 2)): c for c in found}
     assert sorted(middles) == sorted([*places, (512, 1024)]) and len(found) == len(middles)
     assert middles[512, 1024].box[2] == 320 and len(middles[512, 1024].pixels) == 384
-    few = faces.find_crops(picture, faces.open_detector(detector, min_face=81))
-    assert len(few) <= 1  # at the scale for such faces, the stand-in sees no other
+    monkeypatch.setattr(faces, "SEEN", 1000)  # so that smaller ones are seen, too
+    (crop,) = faces.find_crops(picture, faces.open_detector(detector, min_face=81))
+    assert crop.box[2] == 320
     assert faces.find_crops(picture, faces.open_detector(detector, min_score=0.99)) == []
+
+
+def test_faces_side_by_side_are_two(detector):
+    """Each sees the other when it is looked at closely."""
+    picture, _ = photograph([(104, 80), (168, 80), (168, 176)])
+    found = faces.find_crops(picture, faces.open_detector(detector))
+    assert [crop.box[:2] for crop in found] == [(64, 40), (128, 40), (128, 136)]
 
 
 def test_boxes_lie_in_the_picture(detector):

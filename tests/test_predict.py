@@ -455,6 +455,7 @@ def test_from_python(drawn, model):
     assert isinstance(face.predicted_age, float) and 0 <= face.predicted_age <= 100
     (without,) = predict.predict(loaded, image, masks=False)
     assert without.mask is None and np.array_equal(without.probabilities, face.probabilities)
+    loaded.process = 1  # as if another process had loaded it
     (again,) = predict.predict(pickle.loads(pickle.dumps(loaded)), image)
     assert np.array_equal(again.probabilities, face.probabilities)
     for wrong in (image[..., 0], image / 254, image[:0], image[:1, :1]):
