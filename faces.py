@@ -143,7 +143,7 @@ def clip_box(box, shape):
 ZOO = "https://media.githubusercontent.com/media/opencv/opencv_zoo/main/models"
 DETECTOR_URL = f"{ZOO}/face_detection_yunet/face_detection_yunet_2023mar.onnx"
 DETECTOR_SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
-MIN_FACE, MIN_SCORE = 20, 0.8  # pixels, and what 99 % of 300 padded faces of UTKFace reach
+MIN_FACE, MIN_SCORE = 20, 0.75  # pixels, and what 299 of 300 padded faces of UTKFace reach
 SEEN = 20  # pixels that a face must be wide for YuNet to notice most
 NOTICED = 0.3  # score at which a second look is worth while
 STEP, COARSEST = 4, 512  # from scale to scale, down to pictures this long

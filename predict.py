@@ -129,7 +129,7 @@ def outputs(model, images) -> dict:
 
 
 @torch.inference_mode()
-def score(loaded, squares, batch_size=256) -> list[dict]:
+def score(loaded, squares, batch_size=32) -> list[dict]:
     """The `outputs` for each of N crops, uint8 RGB (S, S, 3) with S the model's image size, as float32."""
     scores = []
     for start in range(0, len(squares), batch_size):

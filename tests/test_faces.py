@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import cv2
@@ -21,6 +22,7 @@ from conftest import ROOT
 YUNET = ROOT.parent / "shared/yunet/face_detection_yunet_2023mar.onnx"
 BOX, SIDE = 80, 96  # pixels of a stand-in face's box, and of its crop
 POINTS = faces.LANDMARKS * SIDE - SIDE / 2  # from its middle
+PLACES = [(104, 80), (296, 176)]  # of faces in a photograph
 
 
 def stand_in_detector(path):
@@ -107,7 +109,7 @@ def similar(scale, degrees, x, y):
 
 def test_crops_are_those_that_were_put_into_the_picture(detector):
     """Pixel by pixel, whichever way up the picture is, with box, landmarks and score where they should be."""
-    places = [(104, 80), (296, 176)]
+    places = PLACES
     picture, crops = photograph(places)
     detect = pickle.loads(pickle.dumps(faces.open_detector(detector)))
     for quarters in range(4):
@@ -142,6 +144,33 @@ def test_each_face_of_a_large_picture_once(detector, monkeypatch):
     (crop,) = faces.find_crops(picture, faces.open_detector(detector, min_face=81))
     assert crop.box[2] == 320
     assert faces.find_crops(picture, faces.open_detector(detector, min_score=0.99)) == []
+
+
+def test_of_faces_seen_on_their_head_the_surest_way_up_counts(detector):
+    """YuNet sees such a face as well, a little less surely, and takes its chin for its forehead."""
+    picture, crops = photograph(PLACES)
+    look = partial(faces.run_network, detector.read_bytes())
+
+    def look_twice(image):
+        size = image.shape[1::-1]
+        on_head = faces.move(look(np.rot90(image, 2)), faces.quarter_turn(2, *size))
+        on_head[:, 4:14] = np.tile(on_head[:, :2] + BOX / 2, 5) + POINTS.ravel()
+        on_head[:, 14] *= 0.9
+        return np.concatenate([look(image), on_head])
+
+    for quarters in (0, 2):
+        detect = partial(faces.detect, look_twice, 0.5, 20)
+        found = faces.find_crops(np.rot90(picture, quarters), detect)
+        wanted = crops if quarters == 0 else crops[::-1]
+        assert all(np.array_equal(crop.pixels, pixels) for crop, pixels in zip(found, wanted, strict=True))
+
+
+def test_of_boxes_that_overlap_the_surest_stays():
+    rows = np.zeros((3, 15))
+    rows[:, :4] = [(100, 0, 50, 50), (104, 2, 50, 50), (0, 9, 50, 50)]
+    rows[:, 14] = (0.85, 0.9, 0.8)
+    assert faces.each_once(rows)[:, 0].tolist() == [0, 104]  # from left to right
+    assert faces.each_once(rows[:0]).shape == (0, 15)
 
 
 def test_faces_side_by_side_are_two(detector):

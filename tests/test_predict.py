@@ -24,12 +24,11 @@ import faces
 import predict
 from common import FaceDataset, make_model, save_checkpoint, score_dataset
 from conftest import ROOT, noise_pairs
-from test_faces import BOX, POINTS, YUNET, photograph, stand_in_detector
+from test_faces import BOX, PLACES, POINTS, YUNET, photograph, stand_in_detector
 from utkface import AGE_GROUPS, GROUP_NAMES, decode_image
 
 CPU = ["--device", "cpu", "--workers", 2]
 ALIGNED = ["--aligned", *CPU]
-PLACES = [(104, 80), (296, 176)]  # of the faces of `photograph`
 
 
 @pytest.fixture(autouse=True)
