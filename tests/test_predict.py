@@ -1,6 +1,7 @@
 """predict.py: which pictures it reads, what it says of their faces, and what it writes."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -454,8 +455,8 @@ def test_from_python(drawn, model):
     assert isinstance(face.predicted_age, float) and 0 <= face.predicted_age <= 100
     (without,) = predict.predict(loaded, image, masks=False)
     assert without.mask is None and np.array_equal(without.probabilities, face.probabilities)
-    loaded.process = 1  # as if another process had loaded it
-    (again,) = predict.predict(pickle.loads(pickle.dumps(loaded)), image)
+    other = dataclasses.replace(loaded, process=1)  # as if another process had loaded it
+    (again,) = predict.predict(pickle.loads(pickle.dumps(other)), image)
     assert np.array_equal(again.probabilities, face.probabilities)
     for wrong in (image[..., 0], image / 254, image[:0], image[:1, :1]):
         with pytest.raises(ValueError, match="uint8"):
