@@ -187,7 +187,7 @@ def get_parser():
 def main(args):
     device = devices.choose_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cli.usable_cores()} cores"
-    print(f"{name}, torch {torch.__version__}, {args.image_size} px, batches of {args.batch_size}")
+    print(f"{name}, torch {torch.__version__}, {args.image_size} px, batches of {args.batch_size}\n")
     with tempfile.TemporaryDirectory() as scratch:
         raw, pairs = Path(scratch, "raw"), Path(scratch, "pairs")
         if args.data:
