@@ -1,7 +1,7 @@
 # make run                            the five stages on drawn faces, at CPU size, in runs/synthetic
 # make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
 # make best DATA=path/UTKFace.tar.gz  the best recipe at a size for two CPU cores, in runs/best; hours
-#                                     FLAGS='--precision bf16' is faster where the CPU has it
+#                                     FLAGS='--seed 1' goes to both trainings
 # make table DATA=path/UTKFace.tar.gz every row of the results table, in runs/utkface; wants a GPU
 # make test                           the test suite
 # make soak                           the suite's kills, 24 of them
