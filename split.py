@@ -222,11 +222,8 @@ def warn_of_gaps(groups, splits, fractions):
     """Says on stderr which splits came out empty, and which age groups train lacks."""
     empty = [name for i, name in enumerate(SPLITS) if fractions[i] > 0 and not (splits == i).any()]
     if empty:
-        print(
-            f"warning: {' and '.join(empty)} came out empty, since there are few faces of each age group: "
-            "add faces, or give other --fractions",
-            file=sys.stderr,
-        )
+        what = f"{' and '.join(empty)} came out empty, since there are few faces of each age group"
+        print(f"warning: {what}: add faces, or give other --fractions", file=sys.stderr)
     missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), groups[splits == 0])
     if len(missing) and fractions[0] > 0:
         names = ", ".join(GROUP_NAMES[group] for group in missing)
@@ -331,8 +328,8 @@ def main(args):
     source, target = Path(args.input), Path(os.path.realpath(args.output))  # what a link leads to is replaced
     check_writable("--output", args.output)
     faces = list_pairs(source)
-    is_split = (target / "split.csv").is_file()
-    if target.is_file() or (target.is_dir() and not is_split and any(target.iterdir())):
+    others = target.is_dir() and any(target.iterdir()) and not (target / "split.csv").is_file()
+    if target.is_file() or others:
         raise UserError(f"--output {args.output} is there and is not a split: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, f".tmp-{target.name}-????????")
