@@ -179,6 +179,7 @@ def train_loader(
         num_workers=workers,
         worker_init_fn=partial(start_worker, give_way=device.type == "cpu"),
         generator=torch.Generator(),  # its own, lest the workers' number change what others draw
+        pin_memory=device.type == "cuda",  # for its thread, which receives the batches ahead
         persistent_workers=workers > 0,
         # Forked workers start at once, with the pictures as they lie in memory.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -188,8 +189,8 @@ def train_loader(
 def to_device(batch: dict, device: torch.device) -> dict:
     """A loader's batch on `device`, `image` normalised float32 (B, 3, H, W), `mask` uint8 (B, 1, H, W)."""
     batch = {name: torch.as_tensor(values) for name, values in batch.items()}
-    if device.type == "cuda":
-        batch = {name: values.pin_memory() for name, values in batch.items()}  # so that no copy is waited for
+    if device.type == "cuda":  # pinned, no copy is waited for
+        batch = {name: values.pin_memory() for name, values in batch.items()}
     batch = {name: copy_to(device, values) for name, values in batch.items()}
     batch["image"] = to_input(batch["image"], device)
     if "mask" in batch:
