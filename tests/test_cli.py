@@ -22,6 +22,7 @@ from cli import (
     remove_leftovers,
     run,
     script_parser,
+    settings_of,
     shipped,
     usable_cores,
     write_csv,
@@ -102,6 +103,14 @@ def test_numbers_say_their_bounds():
             kind(text)
     with pytest.raises(argparse.ArgumentTypeError, match="must be finite, not inf"):
         number(float)("inf")
+
+
+def test_what_defines_a_run(tmp_path):
+    args = parse("--seed", 3)
+    args.resume, args.out, args.device, args.precision = False, "o.pt", "cpu", "fp32"
+    assert vars(args).keys() - settings_of(args).keys() == {
+        "config", "workers", "overwrite", "resume", "out", "device"
+    }  # fmt: skip
 
 
 def test_files_beside_a_checkpoint_keep_its_dots():

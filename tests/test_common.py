@@ -366,6 +366,36 @@ def test_dataset_gives_what_the_names_say(tmp_path):
             assert batch[name].tolist() == [getattr(dataset.faces[index], name) for index in (2, 0)]
 
 
+def test_views_of_a_face_share_its_labels(tmp_path):
+    noise_pairs(tmp_path, [30, 4, 70])
+    dataset = FaceDataset(tmp_path, 32, contrastive_augmentation, views=2)
+    assert dataset.__getitems__([2, 0])["age"].tolist() == [dataset.ages[i] for i in (2, 2, 0, 0)]
+
+
+class ColourModel(torch.nn.Module):
+    """Tells the brightness as the first group's logit, and red pixels as the mask."""
+
+    by_year = flip_averaging = False
+
+    def forward(self, images, heads):
+        logits = F.pad(images.mean(dim=(1, 2, 3))[:, None], (0, 5))
+        return common.Heads(logits, images[:, :1] - 0.1, None)
+
+
+def test_scores_of_a_dataset_come_in_its_order(tmp_path):
+    for i, red in enumerate((10, 200, 120, 250, 60)):
+        image, mask = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
+        image[:16, :, 2], mask[:8] = red, 255
+        write_pair(tmp_path, f"30_0_0_{i}", image, mask)
+    dataset = FaceDataset(tmp_path, 32)
+    scores = common.score_dataset(ColourModel(), dataset, CPU, batch_size=2)
+    expected = to_input(dataset.images, CPU)
+    assert torch.allclose(scores.logits[:, 0], expected.mean(dim=(1, 2, 3)), atol=1e-6)
+    predicted = (expected[:, 0] > 0.1).sum(dim=(1, 2)) / 32  # rows that are red enough: 16 or none
+    assert torch.allclose(scores.mask_iou, torch.where(predicted > 0, 0.5, 0.0).double())
+    assert scores.ages is None and scores.age_low is None
+
+
 def test_dataset_is_rgb(tmp_path):
     image = np.zeros((40, 40, 3), np.uint8)
     image[..., 2] = 255  # red, as OpenCV writes it

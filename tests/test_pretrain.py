@@ -58,6 +58,19 @@ def test_views_of_a_face_lie_in_a_row():
     assert abs(loss([0, 2, 1, 3, 4, 5, 6, 7]) - in_order) > 1e-3
 
 
+@pytest.mark.parametrize("positives, width", [("rank", 512), ("age", 128), ("view", 128)])
+def test_flags_reach_the_training(drawn, tmp_path, cli, monkeypatch, positives, width):
+    """The projection head, and rates and decay of the optimizer's groups."""
+    begun = []
+    monkeypatch.setattr(pretrain, "begin_training", lambda *args: begun.append(args) or 1 / 0)
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--out", tmp_path / "o.pt"]
+    with pytest.raises(ZeroDivisionError):
+        cli("pretrain", *flags, "--positives", positives, "--lr", 0.02, "--weight-decay", 0.4)
+    [(_, kind, model, groups, *_)] = begun
+    assert kind == "contrastive" and model(torch.randn(2, 3, 32, 32)).shape == (2, width)
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {(0.02, 0.4), (0.02, 0.0)}
+
+
 def test_starts_from_what_init_names(drawn, tmp_path, cli):
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--epochs", 1, "--lr", 1e-12]
     assert cli("pretrain", *flags, "--out", tmp_path / "a.pt", "--seed", 1)[0] == 0

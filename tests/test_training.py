@@ -99,7 +99,9 @@ def test_precision_and_final_reach_the_training(drawn, tmp_path, cli, monkeypatc
     ):
         with pytest.raises(ZeroDivisionError):
             cli(*flags, tmp_path / "o.pt", *own)
-        dataset = begun[-1][4]
+        model, dataset = begun[-1][2], begun[-1][4]
+        first = begun[0][2].state_dict()
+        assert all(torch.equal(values, first[key]) for key, values in model.state_dict().items())  # by --seed
         assert dtype in begun[-1]
         assert len(dataset) == sum(
             len(list((drawn / "dataset/processed_split" / name).glob("*_image.png"))) for name in folders
@@ -223,6 +225,7 @@ def test_what_may_be_continued(drawn, tmp_path, cli, refuse, epochs):
     run = ["finetune", "--data", data, *flags, "--init", "c.pt"]
     refuse(*run, words=["--resume", "--overwrite"])
     refuse(*run, "--resume", "--epochs", 3, words=["--epochs 2, not 3", "--overwrite"])
+    refuse(*run, "--resume", "--seed", 1, words=["--seed 0, not 1", "--overwrite"])
     shutil.move("c.pt", "kept.pt")
     again = ["finetune", "--data", "split/", *flags, "--init", "./kept.pt", "--resume"]
     code, printed, _ = cli(*again)
