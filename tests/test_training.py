@@ -230,6 +230,12 @@ def test_what_may_be_continued(drawn, tmp_path, cli, refuse, epochs):
     again = ["finetune", "--data", "split/", *flags, "--init", "./kept.pt", "--resume"]
     code, printed, _ = cli(*again)
     assert code == 130 and "resumed model.last.pt at epoch 1" in printed
+    shutil.copy("model.last.pt", "kept.last.pt")
+    epochs.stop_at = None
+    assert cli(*again)[0] == 0
+    with open("model.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    shutil.copy("kept.last.pt", "model.last.pt")
     next((data / "train").glob("*_image.png")).unlink()  # now other faces
     refuse(*again, words=["other faces"])
 
