@@ -23,7 +23,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from cli import UserError, add_device_flags, atomic_path, check_writable, run, script_parser, write_csv
+from cli import (
+    UserError,
+    add_device_flags,
+    atomic_path,
+    check_writable,
+    progress,
+    run,
+    script_parser,
+    write_csv,
+)
 from common import YEARS, FaceDataset, Scores, load_model, score_dataset
 from devices import choose_device, choose_precision
 from metrics import (
@@ -42,7 +51,7 @@ from metrics import (
     resample,
     score,
     wilson,
-)  # fmt: skip
+)
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
 
 SMALL = 100  # faces below which a subgroup is marked
@@ -237,7 +246,8 @@ def measure(evaluation, seed):
     values = score(e.probabilities, e.groups, np.ones((1, len(e.faces))), e.per_face)
     e.metrics = {name: float(value) for name, [value] in values.items()}
     parts = np.array_split(weights, RESAMPLES // 50)  # of which each fits the memory
-    draws = [score(e.probabilities, e.groups, part, e.per_face) for part in parts]
+    bar = progress(parts, "bootstrap")
+    draws = [score(e.probabilities, e.groups, part, e.per_face) for part in bar]
     e.draws = {name: np.concatenate([part[name] for part in draws]) for name in values}
     for name, value in e.metrics.items():
         ends = wilson(value, effective) if name in SHARES else interval(e.draws[name])
