@@ -583,6 +583,7 @@ def test_bad_input(tmp_path, cli, refuse):
     refuse("evaluate", model, "--data", tmp_path, "--out", tmp_path / "r", words=["test"])
     refuse("evaluate", model, model, *data, words=["unrecognized", "m.pt"])
     refuse("evaluate", model, *data, "--split", "exam", words=["--split"])
+    refuse("evaluate", model, "--data", tmp_path / "d", "--out", model / "r", words=["--out", "written"])
     refuse("evaluate", model, *data, "--temperature-scaling", words=["--temperature-scaling"])
     next((tmp_path / "d/test").glob("*_image.png")).write_text("no image")
     refuse("evaluate", model, *data, words=["_image.png", "readable"])

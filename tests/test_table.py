@@ -201,6 +201,7 @@ def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkey
     assert alone == scores[0]  # the same draws as evaluate.py's
     refuse("table", runs / "c.pt", *flags, words=["none of the 1 files is a model"])
     refuse("table", paths[0], "--data", tmp_path, words=["test"])
+    refuse("table", paths[0], *flags[:4], "--results", paths[0] / "r", words=["--results", "written"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -304,3 +305,24 @@ def test_call_returns_the_error_of_a_script_and_stops_with_it(tmp_path, capfd, m
     assert "$ python bad.py --epochs 2 --out 'a b'\n" in printed.out and printed.err == "no face\n"
     with pytest.raises(KeyboardInterrupt):
         table.call("stopped")
+
+
+def test_a_table_that_is_stopped_stops_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    lines = (
+        "import sys, time",
+        "print('on', file=sys.stderr, flush=True)",
+        "time.sleep(5)",
+        "open('end', 'w')",
+    )
+    (tmp_path / "long.py").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(*_, file=None, **__):
+        if file is not None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        table.call("long")
+    assert not (tmp_path / "end").exists()
