@@ -231,17 +231,25 @@ def test_names_that_are_no_text_or_too_long(model, tmp_path, cli):
     """Pictures have their rows, overlays and masks whatever they are called."""
     (tmp_path / "in").mkdir()
     face = Image.fromarray(np.full((32, 32, 3), 90, np.uint8))
-    names = [b"a.png", b"caf\xe9.png", b"Icon\r.png", b"n" * 251 + b".png", "\u5bb6".encode() * 83 + b".jpg"]
+    names = [
+        b"a.png",
+        b"caf\xe9.png",
+        b"Icon\r.png",
+        b"n" * 250 + b"1.png",
+        b"n" * 250 + b"2.png",
+        "\u5bb6".encode() * 83 + b".jpg",
+    ]
     for name in names:
         face.save(tmp_path / "in" / os.fsdecode(name))
     flags = ["--checkpoint", model, *ALIGNED, "--csv", "f.csv", "--json", "f.json"]
     code, out, err = cli("predict", "in", *flags, "--overlay", "o", "--masks", "m", cwd=tmp_path)
-    assert code == 0 and err == "" and "5 faces in 5 pictures, 0 skipped" in out
+    assert code == 0 and err == "" and "6 faces in 6 pictures, 0 skipped" in out
     written = [
         r"in/Icon\r.png",
         "in/a.png",
         r"in/caf\udce9.png",
-        f"in/{'n' * 251}.png",
+        f"in/{'n' * 250}1.png",
+        f"in/{'n' * 250}2.png",
         f"in/{'家' * 83}.jpg",
     ]
     assert sorted(row["file"] for row in read(tmp_path / "f.csv")) == sorted(written)
@@ -249,7 +257,7 @@ def test_names_that_are_no_text_or_too_long(model, tmp_path, cli):
     assert sorted(row["file"] for row in json.loads((tmp_path / "f.json").read_text())) == sorted(written)
     assert sorted(os.listdir(os.fsencode(tmp_path / "o"))) == sorted(names)
     masks = os.listdir(tmp_path / "m")
-    assert len(masks) == 5 and all(name.endswith("_0_mask.png") for name in masks)
+    assert len(masks) == 6 and all(name.endswith("_0_mask.png") for name in masks)
     code, out, err = cli("predict", "o", "m", "in/a.png", *flags, cwd=tmp_path)
     assert code == 2 and "o holds no picture" in err  # but for what the run before has drawn
 
