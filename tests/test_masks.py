@@ -348,6 +348,7 @@ def test_bad_input(raw, tmp_path, refuse):
     whole = archive(raw, tmp_path / "whole.tar.gz").read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
     refuse("masks", *out, "--input", tmp_path / "nowhere", words=["--input", "nowhere"])
+    refuse("masks", "--input", raw, "--output", raw / "../" / raw.name, words=["is --input as well"])
     refuse("masks", *out, "--input", tmp_path / "empty", words=["empty"])
     refuse("masks", *out, "--input", tmp_path / "text.tar.gz", words=["text.tar.gz"])
     refuse("masks", *out, "--input", raw, "--parser", "nowhere.onnx", words=["--parser", "nowhere.onnx"])
