@@ -464,7 +464,8 @@ def provenance(training: Training) -> dict:
 
 def plot_history(path: str | Path, history: list[dict], panels: dict[str, list[str]]):
     """Draws curves of a history (a row an epoch) as PNG: a panel for each title, with the columns named."""
-    from matplotlib.figure import Figure  # here: the import takes a second; and without pyplot's backends
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's shell inherits one that may not be installed here
+    from matplotlib.figure import Figure  # here, since the import takes a second
 
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
