@@ -5,6 +5,7 @@ Nothing here loads torch, so `split.py -h` answers at once.
 
 import argparse
 import csv
+import errno
 import math
 import os
 import shutil
@@ -228,6 +229,12 @@ def run(main, parser: Parser, argv: list[str] | None = None):
         main(parse_args(parser, argv))
     except UserError as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EMFILE):
+            raise
+        room = "make room on the disk and in /dev/shm (docker's --shm-size), or raise ulimit -n"
+        print(f"{parser.prog}: error: {error}: {room}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)

@@ -211,6 +211,15 @@ def test_workers_that_do_not_live_end_the_run(train, monkeypatch, error):
     assert all(word in err for word in ("--workers 1", "--shm-size", "--workers 0")), err
 
 
+def test_no_room_for_a_semaphore_is_one_line(train, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("common.ThreadPool", full)
+    code, _, err = train("--epochs", 1)
+    assert code == 2 and err.count("\n") == 1 and "--shm-size" in err, err
+
+
 @pytest.mark.parametrize("text, share", [("", 1), ("0", 1), ("x", 1), ("2", 2)])
 def test_an_environment_that_is_not_torchruns(monkeypatch, cli, refuse, text, share):
     cores = usable_cores()
