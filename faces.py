@@ -87,11 +87,12 @@ def region(warp, shape):
     return slice(low[1], high[1]), slice(low[0], high[0])
 
 
-def cut(image, warp, side):
+def cut(image, warp, side, border=cv2.BORDER_REPLICATE):
     """Pixels (side, side, 3) of the crop that `warp` maps out of a picture (H, W, 3).
 
     Where the picture is finer than the crop it is first averaged down, since interpolation alone would skip
-    pixels. Beyond the picture its edge goes on.
+    pixels. Beyond the picture its edge goes on, unless
+    `border` says otherwise.
     """
     rows, columns = region(warp, image.shape)
     part = image[rows, columns]
@@ -102,7 +103,7 @@ def cut(image, warp, side):
         size = np.maximum(1, np.rint(whole * scale).astype(int))
         part = cv2.resize(part, size.tolist(), interpolation=cv2.INTER_AREA)
         warp = warp @ np.diag([*(whole / size), 1])
-    return cv2.warpAffine(part, to_pixels(warp, side), (side, side), borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(part, to_pixels(warp, side), (side, side), borderMode=border)
 
 
 def align(image, landmarks):
@@ -148,7 +149,7 @@ SEEN = 20  # pixels that a face must be wide for YuNet to notice most
 NOTICED = 0.3  # score at which a second look is worth while
 STEP, COARSEST = 4, 512  # from scale to scale, down to pictures this long
 TILE, OVERLAP = 1280, 128  # pixels searched at a time, lest memory grow with the picture
-PATCH = 160  # pixels of the second look at a face, twice as wide as it is
+PATCH, WIDER = 128, 1.6  # pixels of the second look at a face, and how much wider than the face it is
 SAME = 0.2  # intersection over union above which two boxes are of one face
 OPENCV_LOG = threading.Lock()  # its level is the whole process's
 THREAD = threading.local()  # a network is not for two threads at once
@@ -251,15 +252,16 @@ def look_closely(look, image, face):
 
     YuNet puts the landmarks of a face that stands on its head upright, and only its score tells.
     """
-    side = 2 * max(face[2:4])
+    side = WIDER * max(face[2:4])
     centre = face[:2] + face[2:4] / 2
     upright = np.column_stack([np.eye(2) / side, 0.5 - centre / side])
     ways = []
     for quarters in range(4):
         warp = compose(quarter_turn(quarters, 1, 1), upright)
-        faces = move(look(cut(image, warp, PATCH)), cv2.invertAffineTransform(warp * PATCH))
+        faces = look(cut(image, warp, PATCH, border=cv2.BORDER_CONSTANT))
+        faces = move(faces, cv2.invertAffineTransform(warp * PATCH))
         distance = np.abs(faces[:, :2] + faces[:, 2:4] / 2 - centre).max(axis=1)
-        ways += [(one, quarters) for one in faces[distance < side / 8]]  # others are neighbours
+        ways += [(one, quarters) for one in faces[distance < max(face[2:4]) / 4]]  # others are neighbours
     return max(ways, key=lambda way: way[0][14], default=(np.zeros(15), 0))
 
 
