@@ -65,18 +65,16 @@ def join_processes(device_name: str, precision: str = "fp32") -> tuple[torch.dev
     """
     device = choose_device(device_name)
     dtype = choose_precision(precision, device)
-    if (cli.environment_number("WORLD_SIZE") or 1) > 1:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    processes, own = cli.environment_number("WORLD_SIZE") or 1, cli.environment_number("RANK")
+    if processes > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if own is None or own >= processes:  # torch would wait for minutes
+            missing = [f"RANK below {processes}", *missing]
         if missing:
-            raise UserError(
-                f"WORLD_SIZE is set, but not {', '.join(missing)}: unset it, or start by torchrun"
-            )
+            raise UserError(f"WORLD_SIZE is {processes}, without {', '.join(missing)}: start by torchrun")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except ValueError as error:  # a RANK that is no number
-            raise UserError(f"the environment is not torchrun's: {error}") from None
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device, dtype

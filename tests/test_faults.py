@@ -232,6 +232,14 @@ def test_an_environment_that_is_not_torchruns(monkeypatch, cli, refuse, text, sh
     refuse("finetune", "--data", "nowhere", words=["WORLD_SIZE", "RANK"] if text == "2" else ["nowhere"])
 
 
+@pytest.mark.parametrize("own", ["2", "x", "-1"])
+def test_a_rank_that_is_none_is_refused_at_once(monkeypatch, refuse, own):
+    settings = {"WORLD_SIZE": "2", "RANK": own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    refuse("finetune", "--data", "nowhere", words=["WORLD_SIZE is 2", "RANK below 2"])
+
+
 # Files from outside
 
 
