@@ -11,6 +11,7 @@ the data set, so keep it to yourself). tools/table.py compares several models.
 
 import csv
 import json
+import math
 import os
 import sys
 from copy import copy
@@ -22,44 +23,17 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names a backend that this
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.stats import binned_statistic
 
-from cli import (
-    UserError,
-    add_device_flags,
-    atomic_path,
-    check_writable,
-    progress,
-    run,
-    script_parser,
-    write_csv,
-)
+import cli
+import metrics
+from cli import UserError
 from common import YEARS, FaceDataset, Scores, load_model, score_dataset
 from devices import choose_device, choose_precision
-from metrics import (
-    BINS,
-    IN_YEARS,
-    METRICS,
-    RESAMPLES,
-    SHARES,
-    balanced_accuracy,
-    confusion_matrix,
-    effective_faces,
-    gap_p_value,
-    interval,
-    logit_interval,
-    measure_calibration,
-    resample,
-    score,
-    wilson,
-)
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
 
 SMALL = 100  # faces below which a subgroup is marked
 SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group", "range_coverage")
-
-# ------------------------------------------------------------------------------------------------------------
-# A model's answers
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -83,26 +57,30 @@ class Evaluation:
         self.probabilities = self.scores.logits.double().softmax(dim=1).numpy()  # N×6
         self.predicted, self.confidence = self.probabilities.argmax(axis=1), self.probabilities.max(axis=1)
         self.right = self.predicted == self.groups
-        self.per_face = per_face_metrics(self.scores, self.faces)
+        self.per_face = {  # the metrics that are means over faces: {metric: (N,)}
+            "accuracy": self.right.astype(float),
+            "within_one_group": (np.abs(self.predicted - self.groups) <= 1).astype(float),
+            **score_years(self.scores, self.faces),
+        }
+        if self.scores.mask_iou is not None:
+            self.per_face["mask_iou"] = self.scores.mask_iou.numpy()
+            self.per_face["mask_dice"] = self.scores.mask_dice.numpy()
 
 
-def per_face_metrics(scores, faces):
-    """The metrics that are means over faces: {metric: (N,)}.
+def score_years(scores, faces):
+    """The metrics of predicted years, if a model predicts them: {metric: (N,)}.
 
-    Errors in years count from the nearest year of a range; a range tells no coverage.
+    Errors count from the nearest year of a range of true ages; a range tells no coverage.
     """
-    found, true = {}, np.array([face.age for face in faces])
-    spread = np.array([face.spread for face in faces])
-    if scores.ages is not None:
-        ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
-        error = np.maximum(np.abs(ages - true) - spread, 0)
-        found = {"mae_years": error, "within_five_years": (error <= 5).astype(float)}
-        if not spread.any():
-            year = np.minimum(np.floor(true + 0.5), YEARS - 1)  # as the model learns it
-            found["range_coverage"] = ((low <= year) & (year <= high)).astype(float)
-        found["range_width"] = high - low
-    if scores.mask_iou is not None:
-        found |= {"mask_iou": scores.mask_iou.numpy(), "mask_dice": scores.mask_dice.numpy()}
+    if scores.ages is None:
+        return {}
+    true, spread = np.array([(face.age, face.spread) for face in faces]).T  # N each
+    ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
+    error = np.maximum(np.abs(ages - true) - spread, 0)
+    found = {"mae_years": error, "within_five_years": (error <= 5).astype(float), "range_width": high - low}
+    if not spread.any():
+        year = np.minimum(np.floor(true + 0.5), YEARS - 1)  # as the model learns it
+        found["range_coverage"] = ((low <= year) & (year <= high)).astype(float)
     return found
 
 
@@ -142,16 +120,15 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     """
     model, checkpoint = load_model(path, device)
     size, with_masks = checkpoint["preprocessing"]["image_size"], model.decoder is not None
-    dataset = read(folder, size, with_masks=with_masks, workers=workers)
+    dataset = copy(read(folder, size, with_masks=with_masks, workers=workers))
     files = [f"{face.stem}_image.png" for face in dataset.faces]
     clusters, near_train, near_val = read_split_table(folder.parent, files)
-    hashes = (np.asarray(checkpoint.get(name, [])) for name in ("train_hashes", "val_hashes"))
-    learned, selected_on = (np.isin(dataset.hashes.numpy(), values) for values in hashes)
-    selected_on &= ~learned
+    learned = np.isin(dataset.hashes, checkpoint["train_hashes"])
+    selected_on = np.isin(dataset.hashes, checkpoint["val_hashes"]) & ~learned
     # With --final, be it of finetune.py or of what the model started from, it has learned from val, too.
     final = any(checkpoint[stage].get("final") for stage in ("config", "pretraining"))
     leaked = (near_train | near_val if final else near_train) & ~learned
-    one_group = np.array([face.group >= 0 for face in dataset.faces])
+    one_group = dataset.groups >= 0
     seen = np.isin(clusters, clusters[learned | selected_on]) | near_train | near_val
     kept = one_group & ~seen if unseen else one_group
     summary = {
@@ -167,49 +144,34 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
             f"0 of {len(kept)} faces of {folder} remain for {path}: the range of ages of "
             f"{summary['left_out_across_groups']} crosses groups, and --unseen leaves out the others"
         )
-    dataset = copy(dataset)
     dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
     dataset.images = dataset.images[kept]
-    dataset.masks = None if dataset.masks is None else dataset.masks[kept]
+    dataset.masks = dataset.masks[kept] if with_masks else None
     scores = score_dataset(model, dataset, device, dtype)
     del checkpoint["weights"]  # a table keeps many
     return Evaluation(path, checkpoint, folder, dataset.faces, scores, clusters[kept], leaked[kept], summary)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics, subgroups and calibration
+# Metrics and subgroups
 # ------------------------------------------------------------------------------------------------------------
-
-
-def label_subgroups(faces, groups):
-    """{kind: (the label of each of N faces; the names of the kind's subgroups)}; unknown is no subgroup."""
-    genders = np.array([*GENDERS, "unknown"])[[face.gender for face in faces]]  # -1 is the last
-    races = np.array([*RACES, "unknown"])[[face.race for face in faces]]
-    both = [f"{race}, {gender}" for race, gender in zip(races, genders)]
-    return {
-        "age group": (np.array(GROUP_NAMES)[groups], GROUP_NAMES),  # where accuracy is recall
-        "gender": (genders, GENDERS),
-        "race": (races, RACES),
-        "race and gender": (np.array(both), [f"{race}, {gender}" for race in RACES for gender in GENDERS]),
-    }
 
 
 def score_subgroup(evaluation, at):
     """A row of subgroups.csv: `SUBGROUP_METRICS` of the faces at indices `at`, with 95 % intervals."""
-    right, groups, clusters = evaluation.right[at], evaluation.groups[at], evaluation.clusters[at]
-    count, within_one = effective_faces(clusters), np.abs(evaluation.predicted[at] - groups) <= 1
-    estimates = {
-        "accuracy": (right.mean(), count),
-        "balanced_accuracy": balanced_accuracy(right, groups, clusters),
-        "within_one_group": (within_one.mean(), count),
-    }
+    e, clusters = evaluation, evaluation.clusters[at]
+    means = {name: values[at].mean() for name, values in e.per_face.items()}
+    estimates = {name: (mean, metrics.effective_faces(clusters)) for name, mean in means.items()}
+    estimates["balanced_accuracy"] = metrics.balanced_accuracy(e.right[at], e.groups[at], clusters)
     row = {"n": len(at), "small": int(len(at) < SMALL)}
-    if "range_coverage" in evaluation.per_face:
-        estimates["range_coverage"] = (evaluation.per_face["range_coverage"][at].mean(), count)
-        row["range_width"] = round(float(evaluation.per_face["range_width"][at].mean()), 6)
-    for metric, (value, faces) in estimates.items():
-        ends = (value, *wilson(value, faces))
-        row |= {metric + end: round(float(x), 6) for end, x in zip(("", "_low", "_high"), ends)}
+    if "range_coverage" in means:
+        row["range_width"] = round(float(means["range_width"]), 6)
+    for metric in SUBGROUP_METRICS:
+        if metric in estimates:
+            value, faces = estimates[metric]
+            low, high = metrics.wilson(value, faces)
+            row[metric] = round(float(value), 6)
+            row |= {f"{metric}_low": round(low, 6), f"{metric}_high": round(high, 6)}
     return row
 
 
@@ -219,19 +181,28 @@ def score_subgroups(evaluation, seed=0):
     A gap lies between the highest and the lowest accuracy among subgroups of at least `SMALL` faces, and
     stands there with its `gap_p_value`.
     """
-    rows, gaps = [], []
-    for by, (labels, names) in label_subgroups(evaluation.faces, evaluation.groups).items():
+    e, rows, gaps = evaluation, [], []
+    genders = np.array([*GENDERS, "unknown"])[[face.gender for face in e.faces]]  # -1 is the last
+    races = np.array([*RACES, "unknown"])[[face.race for face in e.faces]]
+    both = np.array([f"{race}, {gender}" for race, gender in zip(races, genders)])
+    kinds = {  # the label of each face, and the names of the subgroups, among which unknown is none
+        "age group": (np.array(GROUP_NAMES)[e.groups], GROUP_NAMES),
+        "gender": (genders, GENDERS),
+        "race": (races, RACES),
+        "race and gender": (both, [f"{race}, {gender}" for race in RACES for gender in GENDERS]),
+    }
+    for by, (labels, names) in kinds.items():
         own = []
         for name in names:
             at = np.flatnonzero(labels == name)
             if len(at):
-                own.append({"by": by, "subgroup": name} | score_subgroup(evaluation, at))
+                own.append({"by": by, "subgroup": name} | score_subgroup(e, at))
         large = sorted((row for row in own if not row["small"]), key=lambda row: row["accuracy"])
         p = ""
         if len(large) > 1:
             lowest, highest = large[0], large[-1]
             at = np.isin(labels, [row["subgroup"] for row in large])
-            p = gap_p_value(evaluation.right[at], labels[at], evaluation.clusters[at], seed)
+            p = metrics.gap_p_value(e.right[at], labels[at], e.clusters[at], seed)
             difference = round(highest["accuracy"] - lowest["accuracy"], 6)
             gap = {"by": by, "highest": highest["subgroup"], "lowest": lowest["subgroup"]}
             gaps.append(gap | {"difference": difference, "p": p})
@@ -241,35 +212,39 @@ def score_subgroups(evaluation, seed=0):
 
 def measure(evaluation, seed):
     """Fills in the metrics of an `Evaluation`, their draws and summary, and its subgroups."""
-    e, weights = evaluation, resample(evaluation.clusters, seed=seed)
-    effective = effective_faces(e.clusters)
-    values = score(e.probabilities, e.groups, np.ones((1, len(e.faces))), e.per_face)
-    e.metrics = {name: float(value) for name, [value] in values.items()}
-    parts = np.array_split(weights, RESAMPLES // 50)  # of which each fits the memory
-    bar = progress(parts, "bootstrap")
-    draws = [score(e.probabilities, e.groups, part, e.per_face) for part in bar]
-    e.draws = {name: np.concatenate([part[name] for part in draws]) for name in values}
-    for name, value in e.metrics.items():
-        ends = wilson(value, effective) if name in SHARES else interval(e.draws[name])
-        if name == "ap_macro":
-            ends = logit_interval(value, e.draws[name])
-        numbers = [None if np.isnan(x) else round(x, 6) for x in (value, *ends)]
+    e, effective = evaluation, metrics.effective_faces(evaluation.clusters)
+    weights = metrics.resample(e.clusters, seed=seed)
+    parts = np.array_split(weights, metrics.RESAMPLES // 50)  # of which each fits the memory
+    bar = cli.progress(parts, "bootstrap")
+    draws = [metrics.score(e.probabilities, e.groups, part, e.per_face) for part in bar]
+    values = metrics.score(e.probabilities, e.groups, np.ones((1, len(e.faces))), e.per_face)
+    for name, [value] in values.items():
+        e.metrics[name], e.draws[name] = float(value), np.concatenate([part[name] for part in draws])
+        if name in metrics.SHARES:
+            ends = metrics.wilson(value, effective)
+        elif name == "ap_macro":
+            ends = metrics.logit_interval(value, e.draws[name])
+        else:
+            ends = metrics.interval(e.draws[name])
+        numbers = [None if np.isnan(x) else round(float(x), 6) for x in (value, *ends)]
         e.summary[name] = {"value": numbers[0], "ci95": numbers[1:]}
     e.subgroups, gaps = score_subgroups(e, seed)
-    present, guessed = ({GROUP_NAMES[group] for group in groups} for groups in (e.groups, e.predicted))
+    by_group = [row for row in e.subgroups if row["by"] == "age group" and "range_coverage" in row]
     e.summary |= {
         "effective_n": round(effective, 1),
-        "absent_classes": [name for name in GROUP_NAMES if name not in present],
-        "classes_of_f1_and_precision": [name for name in GROUP_NAMES if name in present | guessed],
+        "absent_classes": [name for i, name in enumerate(GROUP_NAMES) if i not in e.groups],
+        "classes_of_f1_and_precision": [
+            name for i, name in enumerate(GROUP_NAMES) if i in e.groups or i in e.predicted
+        ],
         "unknown_gender": sum(face.gender < 0 for face in e.faces),
         "unknown_race": sum(face.race < 0 for face in e.faces),
         "ages_in_ranges": sum(face.spread > 0 for face in e.faces),
         "range_by_group": {
             row["subgroup"]: {"coverage": row["range_coverage"], "width": row["range_width"]}
-            for row in e.subgroups
-            if row["by"] == "age group" and "range_coverage" in row
+            for row in by_group
         },
-        **measure_calibration(e.confidence, e.right, e.clusters, seed),
+        "expected_calibration_error": metrics.calibration_error(e.confidence, e.right),
+        "calibration_error_if_perfect": metrics.perfect_calibration(e.confidence, e.clusters, seed),
         "widest_gaps": gaps,
         "near_duplicates_in_train": {
             "n": int(e.leaked.sum()),
@@ -278,7 +253,7 @@ def measure(evaluation, seed):
         },
         "checkpoint": str(e.path),
         "split": e.folder.name,
-        "bootstrap_resamples": RESAMPLES,
+        "bootstrap_resamples": metrics.RESAMPLES,
     }
 
 
@@ -290,36 +265,35 @@ def measure(evaluation, seed):
 def plot_confusion_matrix(evaluation):
     """How many faces of each true group (rows) were taken for which (columns), and their share."""
     e = evaluation
-    [counts] = confusion_matrix(e.predicted, e.groups, np.ones((1, len(e.faces)))).astype(int)
+    [counts] = metrics.confusion_matrix(e.predicted, e.groups, np.ones((1, len(e.faces)))).astype(int)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    figure = Figure(figsize=(7.6, 6.4), layout="constrained")
+    figure = Figure(figsize=(6.6, 6.4), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
         text, color = f"{counts[row, column]}\n{share:.1%}", "white" if share > 0.5 else "black"
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     axis.set_xticks(range(len(GROUP_NAMES)), GROUP_NAMES, rotation=30, ha="right")
     axis.set_yticks(range(len(GROUP_NAMES)), GROUP_NAMES)
-    title = f"{len(e.faces)} faces, accuracy {e.right.mean():.1%}"
+    title = f"{len(e.faces)} faces, accuracy {e.right.mean():.1%}; shares are of the true group"
     axis.set(xlabel="predicted", ylabel="true", title=title)
-    figure.colorbar(image, label="share of the true group", fraction=0.046)
     return figure
 
 
 def plot_subgroups(evaluation):
     """Accuracies and coverage of subgroups with their intervals, small subgroups hollow."""
     rows = evaluation.subgroups
-    metrics = [metric for metric in SUBGROUP_METRICS if metric in rows[0]]
-    figure = Figure(figsize=(4.3 * len(metrics), 1.6 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(metrics), sharey=True)
+    shown = [metric for metric in SUBGROUP_METRICS if metric in rows[0]]
+    figure = Figure(figsize=(4.3 * len(shown), 1.6 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True)
     kinds = list(dict.fromkeys(row["by"] for row in rows))
     colors = [f"C{kinds.index(row['by'])}" for row in rows]
-    faces = ["white" if row["small"] else color for row, color in zip(rows, colors)]
-    for axis, metric in zip(axes, metrics):
+    inside = ["white" if row["small"] else color for row, color in zip(rows, colors)]
+    for axis, metric in zip(axes, shown):
         value, low, high = ([row[metric + end] for row in rows] for end in ("", "_low", "_high"))
         axis.axvline(evaluation.metrics[metric], color="0.6", linestyle="--")
         axis.hlines(range(len(rows)), low, high, colors=colors)
-        axis.scatter(value, range(len(rows)), edgecolors=colors, facecolors=faces, zorder=2)
+        axis.scatter(value, range(len(rows)), edgecolors=colors, facecolors=inside, zorder=2)
         axis.set(title=metric.replace("_", " "), ylim=(len(rows) - 0.5, -0.5))
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.grid(alpha=0.3)
@@ -333,20 +307,17 @@ def plot_reliability(evaluation):
     """Accuracy against confidence, in bins, and the number of faces in each."""
     e, error = evaluation, evaluation.summary["expected_calibration_error"]
     low, high = e.summary["calibration_error_if_perfect"]["range95"]
-    counts, edges = np.histogram(e.confidence, BINS, (0, 1))
-    sums = (np.histogram(e.confidence, edges, weights=x)[0] for x in (e.confidence, e.right.astype(float)))
-    confidence, accuracy = (total[counts > 0] / counts[counts > 0] for total in sums)
+    bins = {"bins": metrics.BINS, "range": (0, 1)}
+    means = binned_statistic(e.confidence, [e.confidence, e.right], **bins).statistic  # 2×BINS, NaN if empty
     figure = Figure(figsize=(5.6, 6.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     label = f"the model: calibration error {error:.1%}\n(a perfect one's: {low:.1%} to {high:.1%})"
     top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
-    top.plot(confidence, accuracy, "o-", color="C0", label=label)
+    top.plot(*means[:, ~np.isnan(means[0])], "o-", color="C0", label=label)
     top.set(ylabel="accuracy", title=f"{len(e.faces)} faces", xlim=(0, 1), ylim=(0, 1))
     top.legend(loc="upper left", fontsize=9)
-    top.grid(alpha=0.3)
-    bottom.stairs(counts, edges, linewidth=1.5)
+    bottom.hist(e.confidence, **bins)
     bottom.set(xlabel="confidence in the predicted group", ylabel="faces")
-    bottom.grid(alpha=0.3)
     return figure
 
 
@@ -354,12 +325,11 @@ def plot_mistakes(evaluation, count=40):
     """The `count` wrong predictions of highest confidence with their labels."""
     e, wrong = evaluation, np.flatnonzero(~evaluation.right)
     chosen = wrong[np.argsort(-e.confidence[wrong], kind="stable")][:count]
-    columns, rows = 8, max(1, -(-len(chosen) // 8))
-    figure = Figure(figsize=(1.75 * columns, 2.25 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
+    rows = max(1, math.ceil(len(chosen) / 8))
+    figure = Figure(figsize=(14, 2.25 * rows + 0.5), layout="constrained")
+    for place, i in enumerate(chosen, start=1):
+        axis = figure.add_subplot(rows, 8, place)
         axis.axis("off")
-    for axis, i in zip(axes, chosen):
         axis.imshow(read_image(e.folder / f"{e.faces[i].stem}_image.png")[:, :, ::-1])
         true, taken = f"{GROUP_NAMES[e.groups[i]]} ({e.faces[i].age})", GROUP_NAMES[e.predicted[i]]
         axis.set_title(f"{true}\ntaken for {taken}\n{e.confidence[i]:.0%} sure", fontsize=8)
@@ -375,52 +345,45 @@ def plot_mistakes(evaluation, count=40):
 def write_results(evaluation, out):
     """Writes the files of one model that `measure` has been through."""
     e, out, rows = evaluation, Path(out), []
-    with atomic_path(out / "metrics.json", sync=True) as temporary:
-        temporary.write_text(json.dumps(e.summary, indent=2) + "\n", encoding="utf-8")
     years = {"predicted_age": e.scores.ages, "age_low": e.scores.age_low, "age_high": e.scores.age_high}
+    with cli.atomic_path(out / "metrics.json", sync=True) as temporary:
+        temporary.write_text(json.dumps(e.summary, indent=2) + "\n", encoding="utf-8")
     for i, face in enumerate(e.faces):
         row = {"file": f"{face.stem}_image.png", "age": face.age}
         row |= {"true": e.groups[i], "predicted": e.predicted[i]}
         row |= {name: f"{values[i]:.1f}" for name, values in years.items() if values is not None}
         rows.append(row | {f"p{group}": f"{p:.6f}" for group, p in enumerate(e.probabilities[i])})
-    write_csv(out / "predictions.csv", rows)
-    write_csv(out / "subgroups.csv", e.subgroups)
-    figures = {
-        "confusion_matrix": plot_confusion_matrix(e),
-        "subgroups": plot_subgroups(e),
-        "reliability": plot_reliability(e),
-        "mistakes": plot_mistakes(e),
-    }
-    for name, figure in figures.items():
-        with atomic_path(out / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=130)
+    cli.write_csv(out / "predictions.csv", rows)
+    cli.write_csv(out / "subgroups.csv", e.subgroups)
+    for plot in (plot_confusion_matrix, plot_subgroups, plot_reliability, plot_mistakes):
+        with cli.atomic_path(out / f"{plot.__name__.removeprefix('plot_')}.png") as temporary:
+            plot(e).savefig(temporary, dpi=130)
 
 
 def warn_of_seen(evaluation):
     """Warns of faces that the model was trained on, or that its epoch was selected on."""
-    for key, what in (
-        ("seen_in_training", "was trained on"),
-        ("chose_the_epoch", "had its epoch selected on"),
-    ):
-        if evaluation.summary[key]:
-            counts = f"{evaluation.summary[key]} of these {len(evaluation.faces)} faces"
-            print(f"warning: {evaluation.path} {what} {counts}; --unseen leaves them out", file=sys.stderr)
+    seen = {"seen_in_training": "was trained on", "chose_the_epoch": "had its epoch selected on"}
+    for key, what in seen.items():
+        count, path = evaluation.summary[key], evaluation.path
+        if count:
+            faces = f"{count} of these {len(evaluation.faces)} faces"
+            print(f"warning: {path} {what} {faces}; --unseen leaves them out", file=sys.stderr)
 
 
 def print_results(evaluation):
     """Prints what `measure` has found of one model: metrics, calibration, leaks, subgroups and gaps."""
-    summary, leaks = evaluation.summary, evaluation.summary["near_duplicates_in_train"]
+    summary, rows = evaluation.summary, evaluation.subgroups
     print(f"{evaluation.path} on {summary['n']} faces of {evaluation.folder}, 95 % intervals:")
-    for name, label in METRICS.items():
+    for name, label in metrics.METRICS.items():
         if name in summary:
-            form = ".2f" if name in IN_YEARS else ".2%"
+            form = ".2f" if name in metrics.IN_YEARS else ".2%"
             numbers = (summary[name]["value"], *summary[name]["ci95"])
             value, low, high = ("–" if x is None else format(x, form) for x in numbers)
             print(f"  {label:34}{value:>7}  [{low}, {high}]")
-    perfect = summary["calibration_error_if_perfect"]
+    error, perfect = summary["expected_calibration_error"], summary["calibration_error_if_perfect"]
     low, high = perfect["range95"]
-    print(f"  {'expected calibration error':34}{summary['expected_calibration_error']:7.2%}", end="  ")
-    print(f"(perfectly calibrated: {perfect['mean']:.2%} [{low:.2%}, {high:.2%}])")
+    reference = f"perfectly calibrated: {perfect['mean']:.2%} [{low:.2%}, {high:.2%}]"
+    print(f"  {'expected calibration error':34}{error:7.2%}  ({reference})")
     absent = ", ".join(summary["absent_classes"])
     notes = {
         "absent from the truth and left out of the other macro averages": absent,
@@ -435,18 +398,19 @@ def print_results(evaluation):
     for what, value in notes.items():
         if value:
             print(f"  {what}: {value}")
+    leaks = summary["near_duplicates_in_train"]
     if leaks["n"]:
         accuracies = f"accuracy {leaks['accuracy']:.2%} on them"
         if leaks["accuracy_of_the_rest"] is not None:
             accuracies += f", {leaks['accuracy_of_the_rest']:.2%} on the rest"
         print(f"  {leaks['n']} faces have a near-duplicate that the model has learned from: {accuracies}")
-    metrics = [metric for metric in SUBGROUP_METRICS if metric in evaluation.subgroups[0]]
-    print(f"\n  {'':16}{'faces':>6}" + "".join(f"{metric.replace('_', ' '):>24}" for metric in metrics))
-    for row in evaluation.subgroups:
-        cells = (f"{row[m]:.1%} [{row[m + '_low']:.1%}, {row[m + '_high']:.1%}]" for m in metrics)
+    shown = [metric for metric in SUBGROUP_METRICS if metric in rows[0]]
+    print(f"\n  {'':16}{'faces':>6}" + "".join(f"{metric.replace('_', ' '):>24}" for metric in shown))
+    for row in rows:
+        cells = (f"{row[m]:.1%} [{row[m + '_low']:.1%}, {row[m + '_high']:.1%}]" for m in shown)
         name = f"{row['subgroup']:16}{row['n']:5}{'*' if row['small'] else ' '}"
         print(f"  {name}" + "".join(f"{cell:>24}" for cell in cells))
-    if any(row["small"] for row in evaluation.subgroups):
+    if any(row["small"] for row in rows):
         print(f"  * fewer than {SMALL} faces: little can be said")
     for gap in summary["widest_gaps"]:
         points = f"{100 * gap['difference']:.1f} points of accuracy"
@@ -457,26 +421,21 @@ def print_results(evaluation):
 
 
 def get_parser():
-    parser = script_parser("evaluate", __doc__)
-    # fmt: off
+    parser = cli.script_parser("evaluate", __doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", default="model.pt", help="model written by finetune.py")
     add("--data", default="dataset/processed_split", help="folder written by split.py")
     add("--split", choices=["train", "val", "test"], default="test", help="part to score")
     add("--out", default="results", help="folder to write")
-    add("--unseen", action="store_true",
-        help="leave out faces that the model has learned from or that its epoch was selected on, and "
-        "near-duplicates")
-    # fmt: on
-    add_device_flags(parser)
+    add("--unseen", action="store_true", help="leave out faces the model knows, and their near-duplicates")
+    cli.add_device_flags(parser)
     return parser
 
 
 def main(args):
-    device = choose_device(args.device)
+    device, folder = choose_device(args.device), Path(args.data) / args.split
     dtype = choose_precision(args.precision, device)
-    check_writable("--out", args.out)
-    folder = Path(args.data) / args.split
+    cli.check_writable("--out", args.out)
     scored = score_model(args.checkpoint, folder, device, dtype, args.workers, args.unseen)
     measure(scored, args.seed)
     write_results(scored, args.out)
@@ -487,4 +446,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    cli.run(main, get_parser())

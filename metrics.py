@@ -11,6 +11,7 @@ from utkface import GROUP_NAMES
 
 RESAMPLES = 1000  # of the bootstrap, of the permutation test, and of perfectly calibrated outcomes
 BINS = 15  # of confidence, for calibration (Guo et al. 2017)
+Z = 1.959964  # standard deviations that a 95 % interval reaches to each side
 
 METRICS = {  # and how each is averaged
     "accuracy": "accuracy (micro)",
@@ -30,41 +31,38 @@ METRICS = {  # and how each is averaged
 IN_YEARS = ("mae_years", "range_width")
 SHARES = ("accuracy", "within_one_group", "within_five_years", "range_coverage")  # a face counts 0 or 1
 
-# ------------------------------------------------------------------------------------------------------------
-# Metrics
-# ------------------------------------------------------------------------------------------------------------
-
 
 def score(probabilities, groups, weights, per_face):
     """Every metric of N faces under each of R weightings, in the order of `METRICS`: {metric: (R,)}.
 
     probabilities: (N, 6); groups: int (N,); weights: (R, N), how often each face counts; per_face: {metric:
-    (N,)}, which are averaged. Balanced accuracy, AUC and AP average over the classes present in `groups`, F1
-    and precision over those present in `groups` or among the predictions, a class that is never predicted
-    having precision 0. AUC is NaN where only one class is present.
+    (N,)}, which are averaged. AUC and AP average over the classes present in `groups`; AUC is NaN where only
+    one is.
     """
     weights = weights.astype(float)
     values = rates(probabilities.argmax(axis=1), groups, weights)
     areas = [rank_areas(probabilities[:, g], groups == g, weights) for g in range(len(GROUP_NAMES))]
-    auc, ap = (np.stack(columns, axis=1) for columns in zip(*areas))  # R×6
     present = weights @ np.eye(len(GROUP_NAMES))[groups] > 0  # R×6
-    values["auc_macro_ovr"] = np.where(present.sum(axis=1) > 1, mean_over(auc, present), np.nan)
-    values["ap_macro"] = mean_over(ap, present)
+    auc, ap = np.stack(areas, axis=2).mean(axis=2, where=present)  # R each
+    values["auc_macro_ovr"] = np.where(present.sum(axis=1) > 1, auc, np.nan)
+    values["ap_macro"] = ap
     values |= {name: weights @ column / weights.sum(axis=1) for name, column in per_face.items()}
     return {name: values[name] for name in METRICS if name in values}
 
 
 def rates(predicted, groups, weights):
-    """Those metrics that follow from the confusion matrix, under each of R weightings: see `score`."""
+    """Macro recall, F1 and precision of groups, int (N,) each, under each of R weightings: {metric: (R,)}.
+
+    Recall averages over the classes present in `groups`, F1 and precision over those present there or among
+    the predictions, a class that is never predicted having precision 0.
+    """
     matrix = confusion_matrix(predicted, groups, weights)  # R×true×predicted
     right, true, guessed = matrix.diagonal(0, 1, 2), matrix.sum(axis=2), matrix.sum(axis=1)  # R×6
-    faces = np.where(true.any(axis=1), true.sum(axis=1), np.nan)  # R
+    either = true + guessed > 0
     return {
-        "accuracy": right.sum(axis=1) / faces,
-        "balanced_accuracy": mean_over(right / np.maximum(true, 1), true > 0),
-        "f1_macro": mean_over(2 * right / np.maximum(true + guessed, 1), true + guessed > 0),
-        "precision_macro": mean_over(right / np.maximum(guessed, 1), true + guessed > 0),
-        "within_one_group": sum(matrix.diagonal(k, 1, 2).sum(axis=1) for k in (-1, 0, 1)) / faces,
+        "balanced_accuracy": (right / np.maximum(true, 1)).mean(axis=1, where=true > 0),
+        "f1_macro": (2 * right / np.maximum(true + guessed, 1)).mean(axis=1, where=either),
+        "precision_macro": (right / np.maximum(guessed, 1)).mean(axis=1, where=either),
     }
 
 
@@ -72,12 +70,6 @@ def confusion_matrix(predicted, groups, weights):
     """Counts (R, 6, 6) of true groups in rows and predicted in columns: int (N,) each, weights (R, N)."""
     count = len(GROUP_NAMES)
     return (weights @ np.eye(count**2)[groups * count + predicted]).reshape(-1, count, count)
-
-
-def mean_over(values, present):
-    """Mean over the classes that are present in each weighting: (R, 6), bool (R, 6) → (R,), NaN of none."""
-    count = np.where(present.any(axis=1), present.sum(axis=1), np.nan)
-    return np.where(present, values, 0).sum(axis=1) / count
 
 
 def rank_areas(scores, positive, weights):
@@ -96,11 +88,6 @@ def rank_areas(scores, positive, weights):
     return auc, (new_tp * tp / np.maximum(tp + fp, 1)).sum(axis=1) / positives
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Intervals
-# ------------------------------------------------------------------------------------------------------------
-
-
 def effective_faces(clusters):
     """How many unrelated faces N faces are worth: N² / Σ m², over the m faces of each cluster, int (N,).
 
@@ -111,17 +98,16 @@ def effective_faces(clusters):
 
 def wilson(share, count):
     """The 95 % interval [low, high] of a share of `count` faces, which holds near 0 and 1 too (Wilson)."""
-    z = 1.959964
-    middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
-    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    middle, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
+    half = Z * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return [float(max(middle - half, 0) / scale), float(min((middle + half) / scale, 1))]
 
 
 def resample(clusters, resamples=RESAMPLES, seed=0):
     """How often each of N faces is drawn in each bootstrap resample: int16 (resamples, N).
 
-    clusters: int (N,); near-duplicates, which share one, are drawn together. The same clusters and seed give
-    the same draws, so that models can be compared face by face.
+    clusters: int (N,), each drawn whole. The same clusters and seed give the same draws, so that models can
+    be compared face by face.
     """
     rng = np.random.default_rng(seed)
     names, index = np.unique(clusters, return_inverse=True)
@@ -141,8 +127,8 @@ def logit_interval(value, draws):
     For average precision: copies of a face share a rank, so draws and their percentiles lie too high (Boyd et
     al. 2013 compare intervals). Of 300 faces it covers 93 %, not 95 (tests/simulate_intervals.py).
     """
-    odds = logit(np.clip([value, *draws[~np.isnan(draws)]], 1e-9, 1 - 1e-9))
-    half = 1.959964 * odds[1:].std()
+    odds = logit(np.clip([value, *draws], 1e-9, 1 - 1e-9))
+    half = Z * odds[1:].std()
     return expit([odds[0] - half, odds[0] + half]).tolist()
 
 
@@ -187,17 +173,14 @@ def calibration_error(confidence, right):
     return float(np.abs(sums).sum() / len(right))
 
 
-def measure_calibration(confidence, right, clusters, seed=0):
-    """The calibration error, and what a perfectly calibrated model would show on as many faces.
+def perfect_calibration(confidence, clusters, seed=0):
+    """The calibration error that a perfectly calibrated model would show: its mean, and 95 % range.
 
-    The second is above zero, since few faces fall into a bin: its mean and 95 % range, over outcomes that are
-    drawn from the confidences themselves, for near-duplicates together. All (N,).
+    It is above zero, since few faces fall into a bin. Outcomes are drawn from the confidences themselves, for
+    near-duplicates together. confidence, clusters: (N,).
     """
     rng = np.random.default_rng(seed)
     names, index = np.unique(clusters, return_inverse=True)
     drawn = (rng.random(len(names))[index] < confidence for _ in range(RESAMPLES))
-    perfect = np.array([calibration_error(confidence, outcome) for outcome in drawn])
-    return {
-        "expected_calibration_error": calibration_error(confidence, right),
-        "calibration_error_if_perfect": {"mean": float(perfect.mean()), "range95": interval(perfect)},
-    }
+    errors = np.array([calibration_error(confidence, right) for right in drawn])
+    return {"mean": float(errors.mean()), "range95": interval(errors)}

@@ -18,12 +18,12 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "tool
 import metrics
 from metrics import (
     balanced_accuracy,
+    calibration_error,
     effective_faces,
     gap_p_value,
     interval,
     logit_interval,
-    mean_over,
-    measure_calibration,
+    perfect_calibration,
     rank_areas,
     rates,
     resample,
@@ -133,7 +133,7 @@ def draw_answers(count, rng):
 def average_precision(groups, probabilities, weights):
     """Macro average precision (R,) under weights (R, N)."""
     areas = [rank_areas(probabilities[:, g], groups == g, weights)[1] for g in range(6)]
-    return mean_over(np.stack(areas, axis=1), weights @ np.eye(6)[groups] > 0)
+    return np.stack(areas, axis=1).mean(axis=1, where=weights @ np.eye(6)[groups] > 0)
 
 
 def macro_averages():
@@ -177,8 +177,8 @@ def calibration(trials=400):
             confidence = (0.4 + 0.6 * rng.beta(3, 1.5, FACES))[clusters]
             right = rng.random(FACES)[clusters] < confidence
             for i, counted in enumerate((np.arange(FACES), clusters)):
-                error, perfect = measure_calibration(confidence, right, counted, trial).values()
-                held[i] += error > perfect["range95"][1]
+                perfect = perfect_calibration(confidence, counted, trial)
+                held[i] += calibration_error(confidence, right) > perfect["range95"][1]
         what = f"6. a perfect model looks miscalibrated, {share:.0%} of the faces in pairs"
         report(what, 0.025, *held / trials, trials)
 

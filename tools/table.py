@@ -27,21 +27,21 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cli import UserError, add_device_flags, atomic_path, check_writable, number, progress, run, script_parser
+import cli
+from cli import UserError
 from common import FaceDataset, load_checkpoint
 from devices import choose_device
 from evaluate import measure, score_model, warn_of_seen, write_results
 from metrics import METRICS, interval
 from utkface import list_pairs
 
-WEIGHTS = ("random", "imagenet", "view", "age", "rank")
 PRETRAINED = ("view", "age", "rank")
+WEIGHTS = ("random", "imagenet", *PRETRAINED)
 TASKS = ("classification", "multitask")
 LR_STRATEGIES = ("uniform", "differentiated")
 
-COLUMNS = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro", "precision_macro", "ap_macro")
-COLUMNS += ("within_one_group", "mae_years", "mask_iou")
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro")
+COLUMNS = (*COMPARED, "precision_macro", "ap_macro", "within_one_group", "mae_years", "mask_iou")
 DIFFERENCES = """
 Differences in points, with 95 % intervals: below three seeds a side paired over faces, for these models only;
 from three on for other seeds (Student's t). One in twenty misses zero by chance alone.
@@ -76,10 +76,9 @@ def call(script, *flags):
 def train_rows(args):
     """Trains every row and seed that is asked for: the checkpoints, and (name, error) of what failed."""
     out, models, failed = Path(args.out), [], []
-    training = ["--data", args.data, "--workers", args.workers]
-    training += ["--device", args.device, "--precision", args.precision]
+    training = ["--data", args.data, "--workers", args.workers, "--device", args.device]
+    training += ["--precision", args.precision, "--overwrite" if args.overwrite else "--resume"]
     training += ["--config", args.config] if args.config else []
-    training += ["--overwrite" if args.overwrite else "--resume"]
     for seed in args.seeds:
         starts, lost = {}, {}
         for weights in args.weights:
@@ -103,7 +102,7 @@ def train_rows(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Configurations
+# The table
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -158,11 +157,6 @@ def group_by_configuration(many):
 
 def seed_of(scored):
     return scored.checkpoint["config"].get("seed", 0)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The table
-# ------------------------------------------------------------------------------------------------------------
 
 
 def compare(first, second):
@@ -248,7 +242,7 @@ def make_table(many, folder):
 
 
 def get_parser():
-    parser = script_parser("table", __doc__)
+    parser = cli.script_parser("table", __doc__)
     # fmt: off
     add = parser.add_argument
     add("model", nargs="*", help="models written by finetune.py; without any, every row is trained")
@@ -260,10 +254,10 @@ def get_parser():
         help="where backbones start; view, age and rank are contrastive pretraining by these positives")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="with the mask or without")
     add("--lr-strategies", nargs="+", choices=LR_STRATEGIES, default=LR_STRATEGIES, help="learning rates")
-    add("--seeds", nargs="+", type=number(int, low=0), default=[0, 1, 2],
+    add("--seeds", nargs="+", type=cli.number(int, low=0), default=[0, 1, 2],
         help="seeds of both kinds of training; --seed is that of the bootstrap")
     # fmt: on
-    add_device_flags(parser, precision="auto")  # of the training
+    cli.add_device_flags(parser, precision="auto")  # of the training
     return parser
 
 
@@ -279,15 +273,15 @@ def result_folders(paths, results):
 
 def main(args):
     device, results, folder = choose_device(args.device), Path(args.results), Path(args.data) / args.split
-    check_writable("--results", results)
+    cli.check_writable("--results", results)
     models, failed, many, skipped, unreadable = args.model, [], [], [], 0
     if models:
         list_pairs(folder, need_masks=False)  # what ails the faces is said once, not for each model
     else:
-        check_writable("--out", args.out)
+        cli.check_writable("--out", args.out)
         models, failed = train_rows(args)
     read = cache(FaceDataset)  # once for all models
-    for path, place in progress(result_folders(models, results).items(), "models", unit="model"):
+    for path, place in cli.progress(result_folders(models, results).items(), "models", unit="model"):
         try:
             unfinished = path.name.endswith(".last.pt")
             if unfinished or load_checkpoint(path, ("model", "contrastive"))["kind"] != "model":
@@ -307,7 +301,7 @@ def main(args):
     text = make_table(many, folder)
     for name, error in failed:
         text += f"\nNot trained: {name} ({error})\n"
-    with atomic_path(results / "table.md", sync=True) as temporary:
+    with cli.atomic_path(results / "table.md", sync=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print("\n" + text)
     if skipped:
@@ -320,4 +314,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    cli.run(main, get_parser())
