@@ -106,16 +106,22 @@ def cut(image, warp, side, border=cv2.BORDER_REPLICATE):
     return cv2.warpAffine(part, to_pixels(warp, side), (side, side), borderMode=border)
 
 
-def align(image, landmarks):
-    """The crop of a picture (H, W, 3) in which five landmarks (5, 2) lie as in UTKFace, and its map.
+def fit(landmarks):
+    """The map (2, 3) that brings five landmarks (5, 2) of a picture to where UTKFace's crops have them.
 
-    The map turns, scales and shifts alike in both directions, with the least squared distance.
+    It turns, scales and shifts alike in both directions, with the least squared distance.
     """
     source = landmarks[:, 0] + 1j * landmarks[:, 1]
     target = LANDMARKS[:, 0] + 1j * LANDMARKS[:, 1]
     (a, b), *_ = np.linalg.lstsq(np.stack([source, np.ones(5)], axis=1), target, rcond=None)
-    warp = np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
-    side = int(np.clip(round(1 / abs(a)), 32, LARGEST_CROP))  # the face's own size, so that nothing is lost
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+
+
+def align(image, landmarks):
+    """The crop of a picture (H, W, 3) in which five landmarks (5, 2) lie as in UTKFace, and its map."""
+    warp = fit(landmarks)
+    # The face's own size, so that nothing is lost.
+    side = int(np.clip(round(1 / np.hypot(*warp[:, 0])), 32, LARGEST_CROP))
     return cut(image, warp, side), warp
 
 
@@ -150,6 +156,7 @@ NOTICED = 0.3  # score at which a second look is worth while
 STEP, COARSEST = 4, 512  # from scale to scale, down to pictures this long
 TILE, OVERLAP = 1280, 128  # pixels searched at a time, lest memory grow with the picture
 PATCH, WIDER = 128, 1.6  # pixels of the second look at a face, and how much wider than the face it is
+WITHIN = np.array([[0.75, 0, 0.125], [0, 0.75, 0.125]])  # a crop in the middle of what is a third wider
 SAME = 0.2  # intersection over union above which two boxes are of one face
 OPENCV_LOG = threading.Lock()  # its level is the whole process's
 THREAD = threading.local()  # a network is not for two threads at once
@@ -262,7 +269,14 @@ def look_closely(look, image, face):
         faces = move(faces, cv2.invertAffineTransform(warp * PATCH))
         distance = np.abs(faces[:, :2] + faces[:, 2:4] / 2 - centre).max(axis=1)
         ways += [(one, quarters) for one in faces[distance < max(face[2:4]) / 4]]  # others are neighbours
-    return max(ways, key=lambda way: way[0][14], default=(np.zeros(15), 0))
+    best, quarters = max(ways, key=lambda way: way[0][14], default=(np.zeros(15), 0))
+    if best[14]:  # once more, with its tilt undone: landmarks of a tilted face are less sure
+        warp = compose(WITHIN, fit(best[4:14].reshape(5, 2)))
+        straight = look(cut(image, warp, PATCH, border=cv2.BORDER_CONSTANT))
+        if len(straight):
+            landmarks = straight[straight[:, 14].argmax(), 4:14].reshape(5, 2)
+            best[4:14] = apply(cv2.invertAffineTransform(warp * PATCH), landmarks).ravel()
+    return best, quarters
 
 
 def each_once(faces):
