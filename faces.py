@@ -178,7 +178,7 @@ def released_detector():
         data = cached.read_bytes()
     except (OSError, RuntimeError, HTTPException) as error:  # no network, another file, no room
         place = f"put {DETECTOR_URL} into {cached.parent}"
-        raise UserError(f"no face detector ({error}): {place}, or give --aligned for face crops") from None
+        raise UserError(f"no face detector ({error}): {place}, or name YuNet's file by --detector") from None
     if hashlib.sha256(data).hexdigest() != DETECTOR_SHA256:
         raise UserError(f"{cached} is not YuNet's file (its SHA-256 differs): delete it, and run again")
     return data

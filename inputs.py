@@ -10,6 +10,7 @@ import io
 import os
 import posixpath
 import re
+import sys
 import tarfile
 import unicodedata
 import zipfile
@@ -24,15 +25,29 @@ from cli import UserError
 from utkface import AGE_GROUPS, GENDERS, RACES, walk_files
 
 # ------------------------------------------------------------------------------------------------------------
-# Files in folders and archives
+# Files in folders and archives: a name, a size in bytes, and a function that reads each
 # ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def archive_errors(source: Path):
-    """Turns the damage of a whole archive into a UserError."""
+def open_files(source: Path, output: Path) -> Iterator[tuple[list, list]]:
+    """Yields (name, bytes, reader) of each file in a folder (but for the output's), .tar.gz or .zip.
+
+    And (name, reason) of what is no file. Nothing is unpacked; call readers in the order of the list. They
+    raise ValueError for a file that cannot be read though others can. Raises UserError if there is no source,
+    or if it is damaged as a whole.
+    """
     try:
-        yield
+        if source.is_dir():
+            yield list_folder(source, output)
+        elif not source.is_file():
+            raise UserError(f"--input {source} does not exist: name a folder, .tar.gz or .zip of faces")
+        elif zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                yield list_zip(archive)
+        else:
+            with tarfile.open(source) as archive:
+                yield list_tar(archive)
     except (OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         reason = str(error).split(":")[0]  # tarfile goes on with a line for each format that it tried
         raise UserError(f"--input {source}: {reason}; give a folder, or a whole .tar.gz or .zip") from None
@@ -47,58 +62,40 @@ def read_alone(read: Callable, *args) -> bytes:
         raise ValueError("encrypted" if "encrypted" in reason else f"cannot be read: {reason}") from None
 
 
-def follow_link(link: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """The file within an archive that a link leads to, if it leads to one."""
-    for _ in range(40):  # links to links; more are a loop
-        if link is None or not (link.issym() or link.islnk()):
-            break
-        folder = posixpath.dirname(link.name) if link.issym() else ""
-        link = members.get(posixpath.normpath(posixpath.join(folder, link.linkname)))
-    return link if link and link.isfile() else None
+def list_folder(folder: Path, output: Path) -> tuple[list, list]:
+    paths, unreadable = walk_files(folder, [output])
+    name = {path: path.relative_to(folder).as_posix() for path in [*paths, *unreadable]}
+    files = [(name[path], path.stat().st_size, partial(read_alone, path.read_bytes)) for path in paths]
+    return files, [(name[path], reason) for path, reason in unreadable.items()]
 
 
-def read_files(
-    source: Path, output: Path, skip: Callable[[str, str], None]
-) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
-    """Yields name, size, reader of each file in a folder (but for the output's) or archive, in a fixed order.
+def list_zip(archive: zipfile.ZipFile) -> tuple[list, list]:
+    files = []
+    for member in archive.infolist():
+        name = member.filename.replace("\\", "/")  # as some Windows programs write it
+        if not name.endswith("/"):
+            files.append((name, member.file_size, partial(read_alone, archive.read, member)))
+    return files, []
 
-    Nothing is unpacked: call a reader before asking for the next file; it raises ValueError for a file that
-    cannot be read though others can. `skip(name, reason)` is told of what is no file. UserError if there is
-    no source.
-    """
-    if source.is_dir():
-        files, unreadable = walk_files(source, [output])
-        for path, reason in unreadable.items():
-            skip(path.relative_to(source).as_posix(), reason)
-        for path in files:
-            name = path.relative_to(source).as_posix()
-            yield name, path.stat().st_size, partial(read_alone, path.read_bytes)
-    elif not source.is_file():
-        raise UserError(f"--input {source} does not exist: name a folder, .tar.gz or .zip of faces")
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for member in archive.infolist():
-                name = member.filename.replace("\\", "/")  # as some Windows programs write it
-                if not name.endswith("/"):
-                    yield name, member.file_size, partial(read_alone, archive.read, member)
-    else:
-        with tarfile.open(source) as archive:
-            members, links = {}, []
-            for member in archive:
-                members[posixpath.normpath(member.name)] = member
-                if member.isfile():
-                    yield member.name, member.size, archive.extractfile(member).read
-                elif not member.isdir():
-                    links.append(member)
-            found = [(follow_link(link, members), link.name) for link in links]
-            for target, name in found:
-                if target is None:
-                    skip(name, "neither a file nor a link to one in the archive")
-            # In the order of the files, each read once for all its links: going back unpacks a .gz again.
-            read = lru_cache(1)(lambda target: archive.extractfile(target).read())
-            found = [(target, name) for target, name in found if target]
-            for target, name in sorted(found, key=lambda pair: pair[0].offset_data):
-                yield name, target.size, partial(read, target)
+
+def list_tar(archive: tarfile.TarFile) -> tuple[list, list]:
+    members = archive.getmembers()
+    by_name = {posixpath.normpath(member.name): member for member in members}
+    targets, others = [], []
+    for member in members:
+        target = member
+        for _ in range(40):  # links to links; more are a loop
+            if target and (target.issym() or target.islnk()):
+                folder = posixpath.dirname(target.name) if target.issym() else ""
+                target = by_name.get(posixpath.normpath(posixpath.join(folder, target.linkname)))
+        if target and target.isfile():
+            targets.append((member.name, target))
+        elif not member.isdir():
+            others.append((member.name, "neither a file nor a link to one in the archive"))
+    # In the order of the files, each read once for all its links: going back unpacks a .gz again.
+    targets.sort(key=lambda pair: pair[1].offset_data)
+    read = lru_cache(1)(lambda target: archive.extractfile(target).read())
+    return [(name, target.size, partial(read, target)) for name, target in targets], others
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,24 +154,25 @@ def parse_age(text: str) -> tuple[float, float]:
     return first, last
 
 
-def parse_label(kind: str, text: str) -> int:
-    """Index of a gender or race, -1 for one that is missing; raises KeyError for a word that is not known."""
+def parse_label(kind: str, text: str, strange: Counter) -> int:
+    """Index of a gender or race, -1 for one that is missing or not known; `strange` counts the latter."""
     names = {"gender": GENDERS, "race": RACES}[kind]
     word = text.strip().lower().removesuffix(".0")  # as pandas writes whole numbers beside gaps
     words = {name.lower(): i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
-    return (words | WORDS[kind] | dict.fromkeys(UNKNOWN, -1))[word]
+    words |= WORDS[kind] | dict.fromkeys(UNKNOWN, -1)
+    if word not in words:
+        strange[f"{kind} {text.strip()!r}"] += 1
+    return words.get(word, -1)
 
 
-def read_labels(path: str, columns: dict[str, str]) -> tuple[list, Counter]:
+def read_labels(path: str, columns: dict[str, str]) -> list[tuple[str, tuple | str]]:
     """The rows of a table: (file, (first year, last year, gender, race) or the reason why it has no age).
 
-    columns: other names of the columns in `SPELLINGS`. Also counts the words for gender and race that are not
-    known, which count as missing. Raises UserError if the table cannot be read or lacks a column.
+    columns: other names of the columns in `SPELLINGS`. Words for gender and race that are not known count as
+    missing, and are named on stderr. Raises UserError if the table cannot be read or lacks a column.
     """
     try:
-        text = Path(path).read_text(
-            encoding="utf-8-sig"
-        )  # spreadsheets add a byte order mark, and semicolons
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
         header = {name.strip().lower(): name for name in table.fieldnames or ()}
@@ -193,21 +191,16 @@ def read_labels(path: str, columns: dict[str, str]) -> tuple[list, Counter]:
             )
     rows, strange = [], Counter()
     for number, line in enumerate(lines, 1):
-        file = line[place["file"]].strip() or f"row {number}"
+        gender, race = (line[place[kind]] if place[kind] else "" for kind in ("gender", "race"))
         try:
-            label = [*parse_age(line[place["age"]])]
+            years = parse_age(line[place["age"]])
+            label = *years, parse_label("gender", gender, strange), parse_label("race", race, strange)
         except ValueError as error:
-            rows.append((file, str(error)))
-            continue
-        for kind in WORDS:
-            word = line[place[kind]] if place[kind] else ""
-            try:
-                label.append(parse_label(kind, word))
-            except KeyError:
-                label.append(-1)
-                strange[f"{kind} {word.strip()!r}"] += 1
-        rows.append((file, tuple(label)))
-    return rows, strange
+            label = str(error)
+        rows.append((line[place["file"]].strip() or f"row {number}", label))
+    for word, count in strange.items():
+        print(f"warning: {word} is unknown to --labels, in {count:,} rows", file=sys.stderr)
+    return rows
 
 
 def make_stem(first: float, last: float, gender: int, race: int, path: str) -> str:
@@ -215,7 +208,9 @@ def make_stem(first: float, last: float, gender: int, race: int, path: str) -> s
 
     The path is percent-encoded where it must be, and cut if it is long.
     """
-    years = "-".join(dict.fromkeys(f"{round(year, 2):g}" for year in (first, last)))
+    years = f"{round(first, 2):g}"
+    if first != last:
+        years += f"-{round(last, 2):g}"
     labels = "_".join("x" if label < 0 else str(label) for label in (gender, race))
     name = UNSAFE.sub(lambda letter: f"%{ord(letter[0]) & 0xFF:02X}", path)
     if len(name.encode()) > 180:  # file systems take 255 bytes
@@ -230,25 +225,23 @@ def match_labels(rows: list, names: list[str], source: Path) -> tuple[dict[str, 
     names: paths of the files within `source`. A row names one of them by its path, or by its bare name where
     no other file has it.
     """
-    by_path, by_name, labels, reasons = {}, defaultdict(list), {}, {}
+    composed = partial(unicodedata.normalize, "NFC")  # macOS takes letters and their accents apart
+    files, labels, reasons, stems = defaultdict(list), {}, {}, {}
     for name in names:
-        key = unicodedata.normalize("NFC", name)  # macOS takes letters and their accents apart
-        by_path[key] = [name]
-        by_name[posixpath.basename(key)].append(name)
+        files[posixpath.basename(composed(name))].append(name)
+    files |= {composed(name): [name] for name in names}  # a path counts before others' bare names
     for file, label in rows:
         path = file.replace("\\", "/")
-        path = os.path.relpath(path, os.path.abspath(source)) if posixpath.isabs(path) else path
-        key = unicodedata.normalize("NFC", posixpath.normpath(path))
-        found = []
-        for wanted in (key + CROP_ENDING, key):
-            found = found or by_path.get(wanted) or by_name.get(wanted, [])
+        if posixpath.isabs(path):
+            path = os.path.relpath(path, os.path.abspath(source))
+        path = composed(posixpath.normpath(path))
+        found = files.get(path + CROP_ENDING) or files.get(path, [])
         if len(found) > 1:
             reasons[file] = f"{len(found)} files have this name: give their folders"
         elif not found:
-            reasons[file] = "leads out of --input" if key.startswith("../") else "no such file"
+            reasons[file] = "leads out of --input" if path.startswith("../") else "no such file"
         elif labels.setdefault(found[0], label) != label:
             labels[found[0]] = "its rows disagree"
-    stems = {}
     for name in names:
         label = labels.get(name, "no row in --labels")
         if isinstance(label, tuple):

@@ -11,6 +11,7 @@ sheet to look at). Own faces have the path of their picture in place of the time
 more. Pairs that are already there stay as they are: an interrupted run goes on where it stopped.
 """
 
+import io
 import os
 import sys
 import threading
@@ -24,30 +25,12 @@ from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from cli import (
-    UserError,
-    atomic_path,
-    check_writable,
-    progress,
-    remove_leftovers,
-    run,
-    script_parser,
-    write_csv,
-)
-from faces import find_crops, open_detector
-from inputs import archive_errors, column_name, match_labels, read_files, read_labels
-from utkface import (
-    MAX_PIXELS,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    decode_image,
-    page_count,
-    parse_name,
-    read_image,
-    resize,
-)
+import cli
+import faces
+import inputs
+import utkface
 
 # ------------------------------------------------------------------------------------------------------------
 # By default: GrabCut, then the face oval that explains its labels best
@@ -126,42 +109,46 @@ NETWORK_INPUT, NETWORK_OUTPUT = (1, 3, 512, 512), (1, 19, 512, 512)
 FACE_CLASSES = (1, 13)  # first and last: skin, brows, eyes, glasses, ears, earrings, nose, mouth, lips
 
 
-def network_logits(network: cv2.dnn.Net, blob: np.ndarray) -> np.ndarray:
+@cache
+def load_network(path: str, thread: int) -> cv2.dnn.Net:
+    """The network of one thread, since it holds the activations of the picture at work."""
+    return cv2.dnn.readNetFromONNX(path)
+
+
+def network_logits(path: str, blob: np.ndarray) -> np.ndarray:
     """Logits (1, 19, 512, 512) of RGB (1, 3, 512, 512), ImageNet-normalised: the first declared output."""
+    network = load_network(path, threading.get_ident())
     network.setInput(blob)
     return network.forward(network.getUnconnectedOutLayersNames()[0])  # the others only served in training
 
 
-def network_mask(image: np.ndarray, network: cv2.dnn.Net) -> np.ndarray:
+def network_mask(image: np.ndarray, path: str) -> np.ndarray:
     """Face mask, uint8 0/255 (H, W), of an image, uint8 BGR (H, W, 3): where a face's class is likeliest."""
     rgb = cv2.cvtColor(cv2.resize(image, NETWORK_INPUT[2:]), cv2.COLOR_BGR2RGB)
-    blob = ((rgb / 255 - PIXEL_MEAN) / PIXEL_STD).astype(np.float32).transpose(2, 0, 1)[None]
-    classes = network_logits(network, np.ascontiguousarray(blob))[0].argmax(0)  # 512x512
+    blob = ((rgb / 255 - utkface.PIXEL_MEAN) / utkface.PIXEL_STD).astype(np.float32)
+    blob = np.ascontiguousarray(blob.transpose(2, 0, 1)[None])  # 1x3x512x512
+    classes = network_logits(path, blob)[0].argmax(0)  # 512x512
     mask = cv2.inRange(classes.astype(np.uint8), *FACE_CLASSES)
     mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_AREA)
     return np.where(mask > 127, 255, 0).astype(np.uint8)
 
 
-def mask_function(name: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+def mask_function(parser: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     """From `--parser` a function of image (H, W, 3) to mask (H, W) that threads can share, or a UserError."""
-    if name == "grabcut":
+    if parser == "grabcut":
         return partial(grabcut_mask, seed=seed % 2**31)
-    if not Path(name).is_file():
-        raise UserError(f"--parser {name} is not a file: give grabcut or the path of a face-parsing ONNX")
+    if not Path(parser).is_file():
+        raise cli.UserError(
+            f"--parser {parser} is not a file: give grabcut or the path of a face-parsing ONNX"
+        )
     try:
-        shape = network_logits(cv2.dnn.readNetFromONNX(name), np.zeros(NETWORK_INPUT, np.float32)).shape
+        shape = network_logits(parser, np.zeros(NETWORK_INPUT, np.float32)).shape
     except cv2.error:
         shape = None
     if shape != NETWORK_OUTPUT:
-        raise UserError(f"--parser {name} is no face-parsing ONNX: take resnet18.onnx of yakhyo/face-parsing")
-    local = threading.local()  # a network holds its activations: one a thread
-
-    def find_mask(image: np.ndarray) -> np.ndarray:
-        if not hasattr(local, "network"):
-            local.network = cv2.dnn.readNetFromONNX(name)
-        return network_mask(image, local.network)
-
-    return find_mask
+        remedy = "take resnet18.onnx of yakhyo/face-parsing"
+        raise cli.UserError(f"--parser {parser} is no face-parsing ONNX: {remedy}")
+    return partial(network_mask, path=parser)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -186,7 +173,7 @@ EDGE_THRESHOLD, LONGEST_ASPECT = 40, 1.3
 
 def looks_like_a_crop(image: np.ndarray) -> bool:
     """Whether a picture, uint8 BGR (H, W, 3), has its edges where UTKFace's crops have theirs."""
-    grey = cv2.cvtColor(resize(image, 64), cv2.COLOR_BGR2GRAY).astype(np.float32)
+    grey = cv2.cvtColor(utkface.resize(image, 64), cv2.COLOR_BGR2GRAY).astype(np.float32)
     grey -= cv2.GaussianBlur(grey, (0, 0), 8)
     grey /= np.sqrt(cv2.GaussianBlur(grey * grey, (0, 0), 8)) + 4  # whatever the light
     edges = [np.abs(cv2.Sobel(grey, cv2.CV_32F, *axis)) for axis in ((1, 0), (0, 1))]
@@ -198,7 +185,7 @@ def looks_like_a_crop(image: np.ndarray) -> bool:
 
 def single_face(image: np.ndarray, detect: Callable, largest: bool) -> np.ndarray:
     """The crop, uint8 BGR (S, S, 3), of the face in a photograph (H, W, 3); ValueError if it is not clear."""
-    crops = find_crops(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), detect)
+    crops = faces.find_crops(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), detect)
     if not crops:
         raise ValueError("no face found")
     if len(crops) > 1 and not largest:
@@ -224,14 +211,17 @@ NOTES = {  # what is said of pictures that are used
 
 def find_stems(args, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """The stems of the pairs to write, by file, and why other files, and rows of --labels, have none."""
-    if not args.labels:
-        faces = {name: parse_name(PurePosixPath(name).name) for name in names}
-        stems = {name: face.stem for name, face in faces.items() if face}
-        return stems, {name: MALFORMED for name, face in faces.items() if not face}
-    rows, strange = read_labels(args.labels, dict(args.columns or ()))
-    for label, count in strange.items():
-        print(f"warning: {label} is unknown to --labels, in {count:,} rows", file=sys.stderr)
-    return match_labels(rows, names, Path(args.input))
+    if args.labels:
+        rows = inputs.read_labels(args.labels, dict(args.columns or ()))
+        return inputs.match_labels(rows, names, Path(args.input))
+    stems, reasons = {}, {}
+    for name in names:
+        face = utkface.parse_name(PurePosixPath(name).name)
+        if face:
+            stems[name] = face.stem
+        else:
+            reasons[name] = MALFORMED
+    return stems, reasons
 
 
 def remove_other_labels(output: Path, stems: Iterable[str], overwrite: bool):
@@ -241,20 +231,23 @@ def remove_other_labels(output: Path, stems: Iterable[str], overwrite: bool):
         stem = path.name.removesuffix("_image.png")
         if by_picture.get(stem.split("_", 3)[-1], stem) != stem:
             if not overwrite:
-                raise UserError(f"--output: {path} has another label in --labels: --overwrite replaces it")
+                remedy = "--overwrite replaces it"
+                raise cli.UserError(f"--output: {path} has another label in --labels: {remedy}")
             path.unlink()
             path.with_name(f"{stem}_mask.png").unlink(missing_ok=True)
 
 
-def write_pair(
-    data: bytes, stem: str, output: Path, find_mask: Callable, find_face: Callable | None
-) -> list[str]:
+def write_pair(data: bytes, stem: str, output: Path, find_mask: Callable, find_face: Callable) -> list[str]:
     """Writes image and mask of an encoded picture; returns which of `NOTES` hold of it.
 
-    find_face: from a photograph to the crop of its face. Raises ValueError if the picture cannot be used.
+    find_face: from a photograph to the crop of its face, or None for crops. Raises ValueError if the picture
+    cannot be used.
     """
-    image = decode_image(data, max_pixels=2 * MAX_PIXELS if find_face else MAX_PIXELS)
-    notes = ["pages"] if page_count(data) > 1 else []
+    image = utkface.decode_image(data, max_pixels=utkface.MAX_PIXELS * (2 if find_face else 1))
+    notes = []
+    is_tiff = data.startswith((b"II*\0", b"MM\0*"))
+    if is_tiff and Image.open(io.BytesIO(data)).n_frames > 1:
+        notes.append("pages")
     if find_face:
         image = find_face(image)
     elif not looks_like_a_crop(image):
@@ -263,95 +256,86 @@ def write_pair(
         notes.append("square")
     for part, pixels in (("mask", find_mask(image)), ("image", image)):  # never an image without its mask
         encoded = cv2.imencode(".png", pixels, PNG_FLAGS)[1]
-        with atomic_path(output / f"{stem}_{part}.png") as temporary:
+        with cli.atomic_path(output / f"{stem}_{part}.png") as temporary:
             temporary.write_bytes(encoded)
     return notes
 
 
-def write_pairs(args, find_mask: Callable, find_face: Callable | None):
-    """Writes the missing pairs. Returns counts, the files of each of `NOTES`, and rows of `skipped.csv`."""
+def write_pairs(args, write: Callable[[bytes, str], list[str]]):
+    """Writes the missing pairs. Returns counts, the files of each of `NOTES`, and (file, reason) skipped."""
     source, output, workers = Path(args.input), Path(args.output), max(args.workers, 1)
     there = set(os.listdir(output)) if output.is_dir() and not args.overwrite else set()
-    counts, notes, first, skipped, pending = Counter(), defaultdict(list), {}, [], deque()
-
-    def skip(name: str, reason: str):
-        skipped.append({"file": name, "reason": reason})
+    counts, notes, first, wanted, jobs = Counter(), defaultdict(list), {}, [], deque()
 
     def finish_oldest():
-        name, pair = pending.popleft()
+        name, job = jobs.popleft()
         try:
-            for note in pair.result():
+            for note in job.result():
                 notes[note].append(name)
             counts["written"] += 1
         except ValueError as error:
-            skip(name, str(error))
+            skipped.append((name, str(error)))
 
-    with archive_errors(source):
-        names = [name for name, *_ in read_files(source, output, skip)]
-    counts["files"] = len(names) + len(skipped)
-    stems, reasons = find_stems(args, names)
-    if args.labels:
-        remove_other_labels(output, stems.values(), args.overwrite)
-    for name, reason in reasons.items():
-        skip(name, reason)
-    with archive_errors(source), ThreadPoolExecutor(workers) as pool:
+    with inputs.open_files(source, output) as (files, skipped), ThreadPoolExecutor(workers) as pool:
+        counts["files"] = len(files) + len(skipped)
+        stems, reasons = find_stems(args, [name for name, *_ in files])
+        skipped += reasons.items()
+        if args.labels:
+            remove_other_labels(output, stems.values(), args.overwrite)
+        for name, size, read in files:
+            stem = stems.get(name)
+            if stem in first:
+                skipped.append((name, f"same name as {first[stem]}"))
+            elif stem and size > MAX_BYTES:
+                skipped.append((name, f"larger than {MAX_BYTES // 2**20} MiB"))
+            elif {f"{stem}_image.png", f"{stem}_mask.png"} <= there:
+                counts["there"] += 1
+            elif stem:
+                wanted.append((name, stem, read))
+            if stem:
+                first.setdefault(stem, name)
         try:
-            files = read_files(source, output, lambda *_: None)
-            for name, size, read in progress(files, "masks", len(names), unit=" files"):
-                stem = stems.get(name)
-                if stem is None:
-                    continue
+            for name, stem, read in cli.progress(wanted, "masks", unit=" files"):
                 try:
-                    if stem in first:
-                        raise ValueError(f"same name as {first[stem]}")
-                    first[stem] = name
-                    if size > MAX_BYTES:
-                        raise ValueError(f"larger than {MAX_BYTES // 2**20} MiB")
-                    if {f"{stem}_image.png", f"{stem}_mask.png"} <= there:
-                        counts["there"] += 1
-                        continue
-                    job = pool.submit(write_pair, read(), stem, output, find_mask, find_face)
-                    pending.append((name, job))
+                    jobs.append((name, pool.submit(write, read(), stem)))
                 except ValueError as error:
-                    skip(name, str(error))
-                if len(pending) > 16 * workers:  # an archive need not fit in memory
+                    skipped.append((name, str(error)))
+                if len(jobs) > 16 * workers:  # an archive need not fit in memory
                     finish_oldest()
-            while pending:
+            while jobs:
                 finish_oldest()
         finally:
             pool.shutdown(cancel_futures=True)
-    return counts, notes, sorted(skipped, key=lambda row: (row["file"], row["reason"]))
+    return counts, notes, sorted(skipped)
 
 
 def contact_sheet(output: Path, stems: list[str], count: int = 36, columns: int = 4, side: int = 104):
-    """PIL image that shows image, mask and overlay of `count` faces spread evenly over `stems`."""
-    margin, header, footer = 28, 64, 30
+    """Image, mask and overlay of `count` faces spread evenly over `stems`, uint8 BGR (H, W, 3)."""
     chosen = [stems[i] for i in np.unique(np.linspace(0, len(stems) - 1, count).astype(int))]
-    size = (margin + columns * (3 * side + margin), header + -(-len(chosen) // columns) * (side + footer))
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((margin, 20), f"{len(stems):,} faces: image, mask, overlay", "#222", ImageFont.load_default(20))
-    for i, stem in enumerate(chosen):
-        image, mask = (read_image(output / f"{stem}_{part}.png") for part in ("image", "mask"))
-        image, mask = (cv2.resize(a, (side, side), interpolation=cv2.INTER_AREA) for a in (image, mask))
+    tiles = []
+    for stem in chosen:
+        parts = (utkface.read_image(output / f"{stem}_{part}.png") for part in ("image", "mask"))
+        image, mask = (cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA) for part in parts)
         overlay = (image * (0.35 + 0.65 * mask / 255)).astype(np.uint8)
         contours = cv2.findContours(mask[..., 0] // 128, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
         cv2.drawContours(overlay, contours, -1, (120, 230, 90), 1, cv2.LINE_AA)
-        triple = cv2.cvtColor(np.hstack([image, mask, overlay]), cv2.COLOR_BGR2RGB)
-        left, top = margin + i % columns * (3 * side + margin), header + i // columns * (side + footer)
-        sheet.paste(Image.fromarray(triple), (left, top))
-        draw.text((left, top + side + 3), f"age {stem.split('_')[0]}", "#777", ImageFont.load_default(12))
-    return sheet
+        tile = np.hstack([image, mask, overlay])
+        tile = cv2.copyMakeBorder(tile, 8, 24, 14, 14, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        place, font = (14, side + 24), cv2.FONT_HERSHEY_SIMPLEX
+        cv2.putText(tile, f"age {stem.split('_')[0]}", place, font, 0.4, (100, 100, 100), 1, cv2.LINE_AA)
+        tiles.append(tile)
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
 
 
 def get_parser():
-    parser = script_parser("masks", __doc__)
+    parser = cli.script_parser("masks", __doc__)
     # fmt: off
     add = parser.add_argument
     add("--input", default="dataset/raw", help="folder, .tar.gz or .zip of UTKFace's faces, or of own ones")
     add("--labels", metavar="FILE.csv",
         help="table of own faces, with columns file and age, and perhaps gender and race")
-    add("--columns", nargs="+", metavar="COLUMN=NAME", type=column_name,
+    add("--columns", nargs="+", metavar="COLUMN=NAME", type=inputs.column_name,
         help="what --labels calls its columns, such as age=real_age")
     add("--detect", nargs="?", choices=["single", "largest"], const="single",
         help="whole photographs: find the one face in each, or the largest")
@@ -364,47 +348,49 @@ def get_parser():
 
 def main(args):
     output = Path(args.output)
-    check_writable("--output", output)
+    cli.check_writable("--output", output)
     if output.resolve() == Path(args.input).resolve():
-        raise UserError(f"--output {output} is --input as well: name another folder")
+        raise cli.UserError(f"--output {output} is --input as well: name another folder")
     if args.detector and not args.detect:
-        raise UserError("--detector serves --detect alone: give both, or neither")
+        raise cli.UserError("--detector serves --detect alone: give both, or neither")
     find_mask, find_face = mask_function(args.parser, args.seed), None
     if args.detect:
-        detect = open_detector(args.detector)
+        detect = faces.open_detector(args.detector)
         find_face = partial(single_face, detect=detect, largest=args.detect == "largest")
-    remove_leftovers(output)
+    write = partial(write_pair, output=output, find_mask=find_mask, find_face=find_face)
+    cli.remove_leftovers(output)
 
     start = time.perf_counter()
-    counts, notes, skipped = write_pairs(args, find_mask, find_face)
+    counts, notes, skipped = write_pairs(args, write)
     speed = counts["written"] / (time.perf_counter() - start)
 
-    commonest = ""
-    for reason, count in Counter(row["reason"].split(":")[0] for row in skipped).most_common(1):
-        commonest = f", most of them ({count:,}) for: {reason}"
+    skipped_text = f"{len(skipped):,} skipped"
+    if skipped:
+        reasons = Counter(reason.split(":")[0] for _, reason in skipped)
+        [(commonest, count)] = reasons.most_common(1)
+        skipped_text += f", most of them ({count:,}) for: {commonest}"
     if skipped or counts["files"]:
-        write_csv(output / "skipped.csv", skipped, ["file", "reason"])
+        rows = [{"file": name, "reason": reason} for name, reason in skipped]
+        cli.write_csv(output / "skipped.csv", rows, ["file", "reason"])
     if not counts["written"] + counts["there"]:
+        failure = f"none of its {counts['files']:,} files can be used: {skipped_text}"
         remedy = f"see {output / 'skipped.csv'}"
-        if MALFORMED in commonest:
+        if MALFORMED in failure:
             remedy = "name UTKFace's folder or archive, or give --labels"
-        files = f"none of its {counts['files']:,} files can be used"
-        raise UserError(f"--input {args.input}: {files}{commonest}; {remedy}")
-    names = set(os.listdir(output))
-    stems = [name.removesuffix("_mask.png") for name in sorted(names) if name.endswith("_mask.png")]
-    stems = [stem for stem in stems if f"{stem}_image.png" in names]
-    with atomic_path(output / "preview.png") as temporary:
-        contact_sheet(output, stems).save(temporary)
+        raise cli.UserError(f"--input {args.input}: {failure}; {remedy}")
+    stems = sorted(path.name.removesuffix("_mask.png") for path in output.glob("*_mask.png"))
+    stems = [stem for stem in stems if (output / f"{stem}_image.png").is_file()]
+    with cli.atomic_path(output / "preview.png") as temporary:
+        cv2.imwrite(str(temporary), contact_sheet(output, stems))
     for note, text in NOTES.items():
         if notes[note]:
             example = min(notes[note])
             print(f"warning: {len(notes[note]):,} pictures {text} (such as {example})", file=sys.stderr)
     print(
         f"{output}: {counts['files']:,} files: {counts['written']:,} pairs written ({speed:.0f}/s), "
-        f"{counts['there']:,} already there, {len(skipped):,} skipped{commonest}; "
-        "see skipped.csv and preview.png"
+        f"{counts['there']:,} already there, {skipped_text}; see skipped.csv and preview.png"
     )
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    cli.run(main, get_parser())

@@ -16,10 +16,6 @@ from PIL import Image, ImageOps
 
 from cli import UserError
 
-# ------------------------------------------------------------------------------------------------------------
-# Labels and file names
-# ------------------------------------------------------------------------------------------------------------
-
 AGE_GROUPS = {  # WHO-based; first and last year of each
     "Infant": (0, 4),
     "Child": (5, 14),
@@ -66,9 +62,11 @@ def parse_stem(stem: str) -> Face | None:
         return None
     first, last = (float(years) if "." in years else int(years) for years in (match[1], match[2] or match[1]))
     gender, race = (-1 if label == "x" else int(label) for label in (match[3], match[4]))
-    if first == last:
+    if first > last:
+        return None
+    if first == last:  # stays an int
         return Face(stem, first, gender, race)
-    return Face(stem, (first + last) / 2, gender, race, (last - first) / 2) if first < last else None
+    return Face(stem, (first + last) / 2, gender, race, spread=(last - first) / 2)
 
 
 def parse_name(name: str) -> Face | None:
@@ -83,16 +81,15 @@ def age_to_group(ages):
 
 
 def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
-    """Faces in a folder of pairs, sorted by stem; UserError if it is missing, empty or broken."""
+    """Faces in a folder of pairs, sorted by file name; UserError if it is missing, empty or broken."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: run the stage that writes it, or name another")
     names = set(os.listdir(folder))
     images = sorted(name for name in names if name.endswith("_image.png"))
     if not images:
-        raise UserError(
-            f"{folder} holds no *_image.png: run masks.py and split.py, with more faces or other --fractions"
-        )
+        remedy = "run masks.py and split.py, with more faces or other --fractions"
+        raise UserError(f"{folder} holds no *_image.png: {remedy}")
     faces = []
     for name in images:
         stem = name.removesuffix("_image.png")
@@ -123,15 +120,17 @@ def walk_files(folder: str | Path, leave_out: Iterable = ()) -> tuple[list[Path]
                 folders.clear()
                 continue
             seen.add(os.path.realpath(place))
-            tops += [path for path in (Path(place, name) for name in sorted(folders)) if path.is_symlink()]
+            tops += [Path(place, name) for name in sorted(folders) if Path(place, name).is_symlink()]
             for path in (Path(place, name) for name in names):
                 try:
-                    if stat.S_ISREG(path.stat().st_mode):
-                        files.append(path)
-                    else:
-                        unreadable[path] = "not a regular file"
+                    mode = path.stat().st_mode
                 except OSError as error:
                     refuse(error)
+                    continue
+                if stat.S_ISREG(mode):
+                    files.append(path)
+                else:
+                    unreadable[path] = "not a regular file"
     return sorted(files), unreadable
 
 
@@ -144,10 +143,6 @@ def split_settings(folder: str | Path) -> dict:
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         raise UserError(f"{folder}/split.yaml cannot be read: run split.py again with --overwrite") from None
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------------------
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights' sake
 MIN_SIDE = 16  # pixels below which a picture shows no face
@@ -163,24 +158,27 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
     in all, seen before decoding.
     """
     try:
-        with Image.open(io.BytesIO(data)) as header:
-            form, (width, height) = header.format, header.size
-            transparent = "A" in header.getbands() or "transparency" in header.info
+        picture = Image.open(io.BytesIO(data))  # reads no pixels yet
     except Image.DecompressionBombError:
         raise ValueError(f"above {max_pixels // 10**6} million pixels") from None
     except Exception:  # what Pillow raises depends on where a file breaks
         raise ValueError("unreadable image") from None
+    width, height = picture.size
     if width * height > max_pixels:
         raise ValueError(f"{width}x{height} pixels, above {max_pixels // 10**6} million")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width}x{height} pixels, below {MIN_SIDE} a side")
-    turned = form == "AVIF"  # which OpenCV does not turn as EXIF says
-    if transparent or turned or ENDS.get(form, b"") not in data[-1024:]:  # cut, or appended to: slow to tell
+    by_pillow = (
+        "A" in picture.getbands()
+        or "transparency" in picture.info
+        or picture.format == "AVIF"  # which OpenCV does not turn as EXIF says
+    )
+    ends_well = ENDS.get(picture.format, b"") in data[-1024:]  # else it is cut, or appended to: slow to tell
+    if by_pillow or not ends_well:
         try:
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
-                if transparent or turned:
-                    return flatten(picture, flags)
+            picture.load()
+            if by_pillow:
+                return flatten(picture, flags)
         except Exception:
             raise ValueError("truncated image") from None
     try:
@@ -190,14 +188,6 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
     if image is None:
         raise ValueError("unreadable image")
     return image
-
-
-def page_count(data: bytes) -> int:
-    """How many pages an encoded TIFF has, of which `decode_image` reads the first; 1 for what is no TIFF."""
-    if not data.startswith((b"II*\0", b"MM\0*")):
-        return 1
-    with Image.open(io.BytesIO(data)) as picture:
-        return picture.n_frames
 
 
 def flatten(picture: Image.Image, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
@@ -217,9 +207,8 @@ def read_image(path: str | Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
         return decode_image(Path(path).read_bytes(), flags)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"{path} is not a readable image ({reason}): delete it and run the stage that wrote it again"
-        ) from None
+        remedy = "delete it and run the stage that wrote it again"
+        raise UserError(f"{path} is not a readable image ({reason}): {remedy}") from None
 
 
 def read_pair(folder: str | Path, stem: str, flags: int = cv2.IMREAD_COLOR) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cli import atomic_path
 from conftest import shell
-from inputs import read_files
+from inputs import open_files
 from masks import HEIGHT, TURN, WIDTH, grabcut_mask, oval
 from utkface import parse_name
 
@@ -162,11 +162,13 @@ def test_links_in_an_archive_are_followed_and_others_named(raw, tmp_path, cli, m
     }
     opened, extract = [], tarfile.TarFile.extractfile
     monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda *a: opened.append(1) or extract(*a))
-    files = read_files(tmp_path / "a.tar.gz", tmp_path / "out", lambda *_: None)
-    contents = {name: read() for name, _, read in files}
-    ages = [int(name.removeprefix("f/").split("_")[0]) for name in list(contents)[2:]]
+    with open_files(tmp_path / "a.tar.gz", tmp_path / "out") as (files, others):
+        contents = {name: read() for name, _, read in files}
+    ages = [int(name.removeprefix("f/").split("_")[0]) for name in list(contents)[3:]]
     # In the order of what they lead to, which is read once for all of its links.
-    assert ages == [5, 2, 3, 4] and len(opened) == 4 and set(contents.values()) == {first, second}
+    assert list(contents)[:3] == [f"./f/{stem.format(1)}.jpg", f"f/{stem.format(5)}.jpg", "./f/data/second"]
+    assert ages == [2, 3, 4] and len(opened) == 2 and set(contents.values()) == {first, second}
+    assert len(others) == 4
 
 
 def test_archives_made_on_windows(raw, tmp_path, cli):
@@ -245,7 +247,12 @@ def test_nothing_is_extracted_by_path(raw, tmp_path, cli):
 
 def test_resumes_with_what_is_missing(raw, tmp_path, cli, refuse, monkeypatch):
     out, order = tmp_path / "out", []
-    monkeypatch.setattr("masks.atomic_path", lambda path: order.append(path.name) or atomic_path(path))
+
+    def watched(path, **options):
+        order.append(path.name)
+        return atomic_path(path, **options)
+
+    monkeypatch.setattr("cli.atomic_path", watched)
     assert cli("masks", "--input", raw, "--output", out, "--workers", 1)[0] == 0
     for mask, image in zip(order[:24:2], order[1:24:2]):  # a kill leaves no image without its mask
         assert image == mask.removesuffix("_mask.png") + "_image.png"
