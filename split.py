@@ -27,7 +27,7 @@ import yaml
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from cli import UserError, check_writable, number, progress, remove_leftovers, run, script_parser, write_csv
+import cli
 from utkface import GROUP_NAMES, age_to_group, list_pairs, read_pair, resize
 
 CANDIDATE = 0.90  # correlation of thumbnails, mirrored or not, above which a pair is worth aligning
@@ -35,12 +35,7 @@ AS_THEY_LIE = 0.98  # above which it needs no aligning
 MANY = 32  # faces in a group beyond which not all of its pairs are listed
 SPLITS = ("train", "val", "test")
 COLUMNS = ["file", "split", "age", "gender", "race", "group", "duplicate_of"]
-TABLES = ("split.csv", "conflicts.csv", "split.yaml")
 CONFLICT_COLUMNS = ["file", "other", "age", "other_age", "correlation"]
-
-# ------------------------------------------------------------------------------------------------------------
-# Near-duplicates
-# ------------------------------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -64,8 +59,7 @@ def read_thumbnails(folder, faces, workers):
 
     with ThreadPool(max(workers, 1)) as pool:
         loading = pool.imap_unordered(load, range(len(faces)), chunksize=16)
-        for _ in progress(loading, "thumbnails", len(faces), unit="face"):
-            pass
+        list(cli.progress(loading, "thumbnails", len(faces), unit="face"))
     return thumbnails
 
 
@@ -104,7 +98,7 @@ def find_candidates(vectors, others, block):
     """
     starts = range(0, len(vectors), block)
     blocks = [(top, left) for top in starts for left in starts if left >= top]
-    for top, left in progress(blocks, "near-duplicates", unit="block"):
+    for top, left in cli.progress(blocks, "near-duplicates", unit="block"):
         correlation = vectors[top : top + block] @ others[left : left + block].T  # block×block
         for row in np.flatnonzero((correlation > CANDIDATE).any(axis=1)).tolist():
             columns = np.flatnonzero(correlation[row] > CANDIDATE)
@@ -160,11 +154,6 @@ def connect(count, pairs):
     return np.unique(labels, return_index=True)[1][labels]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Shares
-# ------------------------------------------------------------------------------------------------------------
-
-
 def assign(groups, components, fractions, seed):
     """Splits 0–2 for N faces: components stay whole, and every age group is shared out in `fractions`.
 
@@ -211,11 +200,11 @@ def share_out(groups, pairs, fractions, seed):
 def print_table(groups, splits):
     """Prints how many faces of each age group lie in each split, and their share of the group."""
     print(f"{'':14}" + "".join(f"{name:>16}" for name in (*SPLITS, "all")))
-    for name, chosen in [*((n, groups == g) for g, n in enumerate(GROUP_NAMES)), ("all", groups >= 0)]:
-        counts = [int((chosen & (splits == split)).sum()) for split in range(3)]
-        total = sum(counts)
-        cells = "".join(f"{count:>8} {count / max(total, 1):>6.1%} " for count in counts)
-        print(f"{name:14}{cells}{total:>16}")
+    for row, name in enumerate([*GROUP_NAMES, "all"]):
+        chosen = splits[groups == row] if row < len(GROUP_NAMES) else splits
+        counts = np.bincount(chosen, minlength=len(SPLITS))
+        cells = "".join(f"{count:>8} {count / max(len(chosen), 1):>6.1%} " for count in counts)
+        print(f"{name:14}{cells}{len(chosen):>16}")
 
 
 def warn_of_gaps(groups, splits, fractions):
@@ -224,29 +213,21 @@ def warn_of_gaps(groups, splits, fractions):
     if empty:
         what = f"{' and '.join(empty)} came out empty, since there are few faces of each age group"
         print(f"warning: {what}: add faces, or give other --fractions", file=sys.stderr)
-    missing = np.setdiff1d(np.arange(len(GROUP_NAMES)), groups[splits == 0])
-    if len(missing) and fractions[0] > 0:
-        names = ", ".join(GROUP_NAMES[group] for group in missing)
-        print(f"warning: train holds no face of {names}: no model can learn of them", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
+    missing = [name for i, name in enumerate(GROUP_NAMES) if i not in groups[splits == 0]]
+    if missing and fractions[0] > 0:
+        what = f"train holds no face of {', '.join(missing)}"
+        print(f"warning: {what}: no model can learn of them", file=sys.stderr)
 
 
 def tabulate(faces, splits, pairs):
-    """The rows of `split.csv` and of `conflicts.csv`, as dicts of text; what is not known is empty."""
-    components = connect(len(faces), pairs)
+    """The rows of `split.csv` and of `conflicts.csv`, as dicts; what is not known is empty."""
     names = [f"{face.stem}_image.png" for face in faces]
     ages = [face.stem.split("_")[0] for face in faces]  # a range as it is
-    rows = []
-    for i, face in enumerate(faces):
-        labels = ("" if label < 0 else label for label in (face.gender, face.race, face.group))
-        original = "" if components[i] == i else names[components[i]]
-        row = (names[i], SPLITS[splits[i]], ages[i], *labels, original)
-        rows.append(dict(zip(COLUMNS, map(str, row))))
-    conflicts = []
+    rows, conflicts = [], []
+    for i, first in enumerate(connect(len(faces), pairs)):
+        labels = ("" if label < 0 else label for label in (faces[i].gender, faces[i].race, faces[i].group))
+        original = "" if first == i else names[first]
+        rows.append(dict(zip(COLUMNS, (names[i], SPLITS[splits[i]], ages[i], *labels, original))))
     for i, j, correlation, _ in pairs:
         if abs(faces[i].age - faces[j].age) > faces[i].spread + faces[j].spread:
             row = (names[i], names[j], ages[i], ages[j], f"{correlation:.4f}")
@@ -256,16 +237,16 @@ def tabulate(faces, splits, pairs):
 
 def same_split(new, old):
     """Whether two folders hold the same split: the same pairs, and the same in each file."""
-    pictures, others = (
-        {path.relative_to(folder) for path in folder.glob("*/*.png")} for folder in (new, old)
-    )
-    if pictures != others:
+    pictures = {path.relative_to(new) for path in new.glob("*/*.png")}
+    if pictures != {path.relative_to(old) for path in old.glob("*/*.png")}:
         return False
-    files = ((new / name, old / name) for name in (*TABLES, *sorted(pictures)))
-    try:
-        return all(os.path.samefile(*pair) or filecmp.cmp(*pair, shallow=False) for pair in files)
-    except OSError:  # a table is missing
-        return False
+    for name in ("split.csv", "conflicts.csv", "split.yaml", *pictures):
+        if not (old / name).is_file():
+            return False
+        linked = os.path.samefile(new / name, old / name)
+        if not linked and not filecmp.cmp(new / name, old / name, shallow=False):
+            return False
+    return True
 
 
 def write_split(source, target, rows, conflicts, settings, overwrite):
@@ -275,44 +256,44 @@ def write_split(source, target, rows, conflicts, settings, overwrite):
     Returns whether `target` holds this split already; raises UserError if it holds another one.
     """
     building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    new = building / "new"
     try:
-        new = building / "new"
         for split in SPLITS:
             (new / split).mkdir(parents=True)
-        for row in progress(rows, "link", unit="face"):
-            for name in (row["file"], row["file"].removesuffix("_image.png") + "_mask.png"):
+        for row in cli.progress(rows, "link", unit="face"):
+            mask = row["file"].removesuffix("_image.png") + "_mask.png"
+            for name in (row["file"], mask):
                 try:
                     os.link(source / name, new / row["split"] / name)
                 except OSError:  # another file system, or one without hard links
                     shutil.copy2(source / name, new / row["split"] / name)
-        write_csv(new / "split.csv", rows, COLUMNS)
-        write_csv(new / "conflicts.csv", conflicts, CONFLICT_COLUMNS)
-        (new / "split.yaml").write_text(settings, encoding="utf-8")
+        cli.write_csv(new / "split.csv", rows, COLUMNS)
+        cli.write_csv(new / "conflicts.csv", conflicts, CONFLICT_COLUMNS)
+        (new / "split.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         if same_split(new, target):
             return True
         if target.exists():
             if not overwrite and any(target.iterdir()):
-                raise UserError(
-                    f"--output {target} was made from other faces or settings: --overwrite replaces it"
-                )
+                what = "was made from other faces or settings"
+                raise cli.UserError(f"--output {target} {what}: --overwrite replaces it")
             target.rename(building / "old")
         new.rename(target)
         return False
     except OSError as error:
-        raise UserError(f"--output {target} cannot be written ({error.strerror}): make room") from None
+        raise cli.UserError(f"--output {target} cannot be written ({error.strerror}): make room") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 def get_parser():
-    parser = script_parser("split", __doc__)
+    parser = cli.script_parser("split", __doc__)
     # fmt: off
-    add, share = parser.add_argument, number(float, low=0, high=1)
+    add, share = parser.add_argument, cli.number(float, low=0, high=1)
     add("--input", default="dataset/processed", help="folder of pairs written by masks.py")
     add("--output", default="dataset/processed_split", help="folder to write")
     add("--fractions", type=share, nargs=3, default=[0.7, 0.1, 0.2], metavar=("TRAIN", "VAL", "TEST"),
         help="share of each split; they sum to one and may be zero")
-    add("--near-duplicate", metavar="R", type=number(float, low=CANDIDATE, high=1), default=0.975,
+    add("--near-duplicate", metavar="R", type=cli.number(float, low=CANDIDATE, high=1), default=0.975,
         help=f"correlation of two aligned faces, {CANDIDATE} to 1, above which they stay together")
     add("--random", action="store_true",
         help="let near-duplicates straddle splits, to measure what that leaks")
@@ -322,17 +303,16 @@ def get_parser():
 
 def main(args):
     if abs(sum(args.fractions) - 1) > 1e-6:
-        raise UserError(
-            f"--fractions sum to {sum(args.fractions):g}, not to one: mend them, such as 0.7 0.1 0.2"
-        )
+        total = f"{sum(args.fractions):g}"
+        raise cli.UserError(f"--fractions sum to {total}, not to one: mend them, such as 0.7 0.1 0.2")
     source, target = Path(args.input), Path(os.path.realpath(args.output))  # what a link leads to is replaced
-    check_writable("--output", args.output)
+    cli.check_writable("--output", args.output)
     faces = list_pairs(source)
     others = target.is_dir() and any(target.iterdir()) and not (target / "split.csv").is_file()
     if target.is_file() or others:
-        raise UserError(f"--output {args.output} is there and is not a split: name another folder")
+        raise cli.UserError(f"--output {args.output} is there and is not a split: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target.parent, f".tmp-{target.name}-????????")
+    cli.remove_leftovers(target.parent, f".tmp-{target.name}-????????")
 
     thumbnails = read_thumbnails(source, faces, args.workers)
     pairs = find_near_duplicates(thumbnails, args.near_duplicate, args.workers)
@@ -344,20 +324,20 @@ def main(args):
 
     rows, conflicts = tabulate(faces, splits, pairs)
     settings = {key: getattr(args, key) for key in ("seed", "fractions", "near_duplicate", "random")}
-    settings = yaml.safe_dump(settings, sort_keys=False)
     there = write_split(source, target, rows, conflicts, settings, args.overwrite)
 
     print_table(groups, splits)
     warn_of_gaps(groups, splits, args.fractions)
-    sizes = np.unique(connect(len(faces), pairs), return_counts=True)[1]
-    sizes, aligned = sizes[sizes > 1], sum(pair.aligned for pair in pairs)
+    copies = [row["duplicate_of"] for row in rows if row["duplicate_of"]]
+    families = len(set(copies))
+    aligned = sum(pair.aligned for pair in pairs)
     print(
         f"{args.output} {'holds this split already' if there else 'written'}: {len(faces)} faces; "
-        f"{len(pairs)} near-duplicate pairs, {aligned} of them only when aligned, in {len(sizes)} groups "
-        f"of {sizes.sum()} faces {'may straddle splits' if args.random else 'stay together'}; "
+        f"{len(pairs)} near-duplicate pairs, {aligned} of them only when aligned, in {families} groups "
+        f"of {len(copies) + families} faces {'may straddle splits' if args.random else 'stay together'}; "
         f"{len(conflicts)} pairs disagree on the age (conflicts.csv)"
     )
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    cli.run(main, get_parser())
