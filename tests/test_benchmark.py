@@ -81,6 +81,7 @@ def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, mo
     def run_stage(script, *flags, cwd):
         parse_args(importlib.import_module(script).get_parser(), list(flags))
         done.append((script, len(list((cwd / "dataset/raw").iterdir()))))
+        return 2.0, 300.0
 
     monkeypatch.setattr(benchmark, "run_stage", run_stage)
     code, printed, err = cli("benchmark", *FAST, "growth", "--data", drawn / "dataset/raw")
@@ -90,3 +91,5 @@ def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, mo
     refuse("benchmark", "--data", tmp_path, words=["--data", str(tmp_path)])
     with pytest.raises(UserError, match=r"split\.py"):
         run("split", "--input", "nowhere", cwd=tmp_path)
+    took, memory = run("split", "-h", cwd=tmp_path)
+    assert 0 < took < 600 and 20 < memory < 2000

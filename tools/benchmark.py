@@ -11,6 +11,7 @@ and predict.py beside the released model's bare forward pass), masks (beside a b
 
 import importlib
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -142,11 +143,14 @@ def measure_masks(raw, pairs, args, device):
             measure("masks", works, len(images), args)
 
 
-def run_stage(script: str, *flags, cwd: Path):
-    """Runs a script as a user does; what it complains of goes to stderr."""
-    command = [sys.executable, cli.ROOT / f"{script}.py", *flags]
-    if subprocess.run(command, cwd=cwd, stdout=subprocess.DEVNULL).returncode:
+def run_stage(script: str, *flags, cwd: Path) -> tuple[float, float]:
+    """Runs a script as a user does: seconds, and MiB of memory at most, its workers' own left out."""
+    start, command = perf_counter(), [sys.executable, cli.ROOT / f"{script}.py", *flags]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
         raise cli.UserError(f"--only growth: {script}.py failed")
+    return perf_counter() - start, usage.ru_maxrss / 1024
 
 
 def measure_growth(raw, pairs, args, device):
@@ -157,8 +161,9 @@ def measure_growth(raw, pairs, args, device):
         link_faces(raw, folder / "dataset/raw", faces)
         for stage in ("masks", "split", f"pretrain {epoch}", finetuning, f"evaluate --device {args.device}"):
             script, *flags = f"{stage} --workers {args.workers}".split()
-            taken = seconds(partial(run_stage, script, *flags, cwd=folder))
-            print(ROW.format("growth", f"{script}.py, {faces:,} faces", f"{taken:,.1f} s", ""), flush=True)
+            taken, memory = run_stage(script, *flags, cwd=folder)
+            row = ("growth", f"{script}.py, {faces:,} faces", f"{taken:,.1f} s", f"{memory:,.0f} MiB")
+            print(ROW.format(*row), flush=True)
 
 
 def link_faces(source: Path, folder: Path, count: int):
