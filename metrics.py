@@ -36,8 +36,7 @@ def score(probabilities, groups, weights, per_face):
     """Every metric of N faces under each of R weightings, in the order of `METRICS`: {metric: (R,)}.
 
     probabilities: (N, 6); groups: int (N,); weights: (R, N), how often each face counts; per_face: {metric:
-    (N,)}, which are averaged. AUC and AP average over the classes present in `groups`; AUC is NaN where only
-    one is.
+    (N,)}, averaged. AUC and AP average over the classes present in `groups`; AUC of one class is NaN.
     """
     weights = weights.astype(float)
     values = rates(probabilities.argmax(axis=1), groups, weights)
@@ -53,8 +52,7 @@ def score(probabilities, groups, weights, per_face):
 def rates(predicted, groups, weights):
     """Macro recall, F1 and precision of groups, int (N,) each, under each of R weightings: {metric: (R,)}.
 
-    Recall averages over the classes present in `groups`, F1 and precision over those present there or among
-    the predictions, a class that is never predicted having precision 0.
+    Recall averages over the classes present in `groups`, the others over those present there or predicted.
     """
     matrix = confusion_matrix(predicted, groups, weights)  # R×true×predicted
     right, true, guessed = matrix.diagonal(0, 1, 2), matrix.sum(axis=2), matrix.sum(axis=1)  # R×6
@@ -124,8 +122,7 @@ def interval(draws):
 def logit_interval(value, draws):
     """The 95 % interval of a value from 0 to 1, normal in log-odds, by the deviation of draws (R,).
 
-    For average precision: copies of a face share a rank, so draws and their percentiles lie too high (Boyd et
-    al. 2013 compare intervals). Of 300 faces it covers 93 %, not 95 (tests/simulate_intervals.py).
+    For average precision: copies of a face share a rank, so draws lie too high (Boyd et al. 2013).
     """
     odds = logit(np.clip([value, *draws], 1e-9, 1 - 1e-9))
     half = Z * odds[1:].std()
@@ -135,9 +132,8 @@ def logit_interval(value, draws):
 def balanced_accuracy(right, groups, clusters):
     """Balanced accuracy of N faces, and how many unrelated faces it is worth, for `wilson`.
 
-    It is a mean of shares, one a group, and as many faces give a share of the same variance. A right and a
-    wrong face more in each group keep that variance above zero (Agresti and Caffo 2000). right: bool (N,);
-    groups, clusters: int (N,).
+    As many faces give a share of the same variance. A right and a wrong face more in each group keep that
+    above zero (Agresti and Caffo 2000). right: bool (N,); groups, clusters: int (N,).
     """
     parts = [groups == group for group in np.unique(groups)]
     shares = np.array([(right[part].sum() + 1) / (part.sum() + 2) for part in parts])
@@ -151,8 +147,7 @@ def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
     """How often chance alone gives as wide a gap in accuracy, were all subgroups alike: above 0, at most 1.
 
     right: bool (N,); labels, clusters: (N,). A permutation test, so it holds although the widest gap is
-    picked after looking. Near-duplicate groups of one size swap their labels: near-duplicates stay together,
-    and every subgroup keeps its number of faces.
+    picked after looking. Near-duplicate groups of one size swap their labels, so they stay together.
     """
     rng = np.random.default_rng(seed)
     labels = np.unique(labels, return_inverse=True)[1]
@@ -176,8 +171,8 @@ def calibration_error(confidence, right):
 def perfect_calibration(confidence, clusters, seed=0):
     """The calibration error that a perfectly calibrated model would show: its mean, and 95 % range.
 
-    It is above zero, since few faces fall into a bin. Outcomes are drawn from the confidences themselves, for
-    near-duplicates together. confidence, clusters: (N,).
+    It is above zero, since few faces fall into a bin. Outcomes are drawn from the confidences (N,) themselves,
+    for near-duplicates together.
     """
     rng = np.random.default_rng(seed)
     names, index = np.unique(clusters, return_inverse=True)

@@ -6,10 +6,9 @@
     python tools/table.py --weights random view --tasks multitask --seeds 0 1 2
 
 Without names it trains each row and seed into --out, by pretrain.py and finetune.py as you would by hand; the
-`pretrain:` and `finetune:` sections of --config are theirs, but --data, --workers, --device and --precision
-are those given here. What is done is skipped, what was stopped goes on where it stood, and a row that cannot
-be trained is reported. Writes table.md to --results, and beside it a folder for each model with what
-evaluate.py writes, scored in fp32.
+`pretrain:` and `finetune:` sections of --config are theirs. What is done is skipped, what was stopped goes on
+where it stood, and a row that cannot be trained is reported. Writes table.md to --results, and beside it a
+folder for each model with what evaluate.py writes, scored in fp32.
 """
 
 import os
@@ -57,20 +56,14 @@ def call(script, *flags):
     """Runs a script in a process of its own; returns the last line of its errors, or None if it succeeded."""
     flags = [str(flag) for flag in flags]
     print(f"\n$ python {script}.py {shlex.join(flags)}", flush=True)
-    command, last = [sys.executable, ROOT / f"{script}.py", *flags], ""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
-    try:
-        for line in process.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
-            last = line.strip() or last
-        code = process.wait()
-    except BaseException:  # this script is stopped, so the other must be
-        process.terminate()
-        process.wait()
-        raise
-    if code in (130, 143):
+    command = [sys.executable, ROOT / f"{script}.py", *flags]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    if done.returncode in (130, 143):  # stopped, so this script is, too
         raise KeyboardInterrupt
-    return (last or f"{script}.py ended with exit code {code}") if code else None
+    if done.returncode == 0:
+        return None
+    return done.stderr.strip().split("\n")[-1] or f"{script}.py ended with exit code {done.returncode}"
 
 
 def train_rows(args):
@@ -79,19 +72,16 @@ def train_rows(args):
     training = ["--data", args.data, "--workers", args.workers, "--device", args.device]
     training += ["--precision", args.precision, "--overwrite" if args.overwrite else "--resume"]
     training += ["--config", args.config] if args.config else []
-    for seed in args.seeds:
-        starts, lost = {}, {}
-        for weights in args.weights:
-            starts[weights] = weights
-            if weights in PRETRAINED:
-                starts[weights] = out / f"contrastive-{weights}-seed{seed}.pt"
-                flags = ["--positives", weights, "--seed", seed, "--out", starts[weights]]
-                lost[weights] = call("pretrain", *training, *flags)
-        for weights, task, strategy in product(args.weights, args.tasks, args.lr_strategies):
+    for seed, weights in product(args.seeds, args.weights):
+        start, lost = weights, None
+        if weights in PRETRAINED:
+            start = out / f"contrastive-{weights}-seed{seed}.pt"
+            lost = call("pretrain", *training, "--positives", weights, "--seed", seed, "--out", start)
+        for task, strategy in product(args.tasks, args.lr_strategies):
             path = out / f"{task}-{weights}-{strategy}-seed{seed}.pt"
             flags = ["--multitask" if task == "multitask" else "--no-multitask", "--lr-strategy", strategy]
-            flags += ["--init", starts[weights], "--seed", seed, "--out", path]
-            error = lost.get(weights) or call("finetune", *training, *flags)
+            flags += ["--init", start, "--seed", seed, "--out", path]
+            error = lost or call("finetune", *training, *flags)
             if error:
                 failed.append((path.stem, error))
             else:
@@ -135,24 +125,23 @@ def describe(checkpoint):
 def group_by_configuration(many):
     """Sorts scored models into configurations: a list of (columns, runs), and the settings all share.
 
-    columns: the table's first ones, among them "Other settings" where the rest does not agree. Configurations
-    stay in the order of their first models.
+    columns: the table's first ones, among them "Other settings" where the rest does not agree.
     """
     described = [(*describe(scored.checkpoint), scored) for scored in many]
-    keys = sorted({key for _, settings, _ in described for key in settings})
-    for key in keys:
+    values = {}  # of each setting
+    for key in sorted({key for _, settings, _ in described for key in settings}):
         for _, settings, scored in described:
             if scored.checkpoint["pretraining"] or not key.startswith("pretraining "):
                 settings.setdefault(key, "off")  # a setting that the run did not know yet
-    values = {key: {settings[key] for _, settings, _ in described if key in settings} for key in keys}
+                values.setdefault(key, set()).add(settings[key])
     shared = {key: found.pop() for key, found in values.items() if len(found) == 1}
-    found = {}
+    groups = {}
     for columns, settings, scored in described:
-        if len(shared) < len(keys):
-            own = [key for key in keys if key in settings and key not in shared]
+        if len(shared) < len(values):
+            own = [key for key in values if key in settings and key not in shared]
             columns["Other settings"] = ", ".join(f"{key.replace('_', '-')} {settings[key]}" for key in own)
-        found.setdefault(tuple(columns.items()), []).append(scored)
-    return [(dict(columns), sorted(runs, key=seed_of)) for columns, runs in found.items()], shared
+        groups.setdefault(tuple(columns.items()), []).append(scored)
+    return [(dict(columns), sorted(runs, key=seed_of)) for columns, runs in groups.items()], shared
 
 
 def seed_of(scored):
@@ -162,12 +151,12 @@ def seed_of(scored):
 def compare(first, second):
     """How much higher a metric is under `first`, its 95 % interval, and whether that holds for other seeds.
 
-    Each side is a list over S seeds of (value, bootstrap draws (R,)), on the same faces and resamples. With
-    fewer than three seeds a side the interval is the paired bootstrap's over faces, for these trained models
-    only. With three or more it is Student's t, for other seeds and other faces. The variance of two crossed
-    factors (Cameron et al. 2011): s²/S over the seeds of each side, plus the bootstrap's over faces, less
-    what is in both, the part of the faces' variance that seeds do not share; never below the faces' own.
-    Degrees of freedom after Welch and Satterthwaite, the faces' part taken as known.
+    Each side is a list over S seeds of (value, bootstrap draws (R,)), on the same faces and resamples. Below
+    three seeds a side the interval is the paired bootstrap's over faces, for these trained models only. From
+    three on it is Student's t, for other seeds and other faces, by the variance of two crossed factors
+    (Cameron et al. 2011): s²/S over the seeds of each side, plus the bootstrap's over faces, less the part of
+    the latter that seeds do not share, which is in both; never below the faces' own. Degrees of freedom after
+    Welch and Satterthwaite, the faces' part taken as known.
     """
     values = [np.array([value for value, _ in runs]) for runs in (first, second)]
     draws = [np.stack([drawn for _, drawn in runs]) for runs in (first, second)]  # S×R each
@@ -205,8 +194,7 @@ def format_difference(difference, ends):
 
 
 def markdown(header, rows):
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines) + "\n"
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
 
 
 def make_table(many, folder):
@@ -261,27 +249,19 @@ def get_parser():
     return parser
 
 
-def result_folders(paths, results):
-    """{checkpoint: folder in `results`}, named after the checkpoints' paths below the folder they share.
-
-    Only the ending .pt goes, so that run.v1 and run.v2 stay apart.
-    """
-    paths = list({os.path.abspath(path): Path(path) for path in paths}.values())
-    top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-    return {path: results / os.path.relpath(path, top).removesuffix(".pt") for path in paths}
-
-
 def main(args):
     device, results, folder = choose_device(args.device), Path(args.results), Path(args.data) / args.split
     cli.check_writable("--results", results)
-    models, failed, many, skipped, unreadable = args.model, [], [], [], 0
-    if models:
+    failed, many, skipped, unreadable = [], [], [], 0
+    if args.model:
         list_pairs(folder, need_masks=False)  # what ails the faces is said once, not for each model
+        models = list({os.path.abspath(path): Path(path) for path in args.model}.values())
     else:
         cli.check_writable("--out", args.out)
         models, failed = train_rows(args)
+    top = os.path.commonpath([os.path.abspath(path.parent) for path in models])
     read = cache(FaceDataset)  # once for all models
-    for path, place in cli.progress(result_folders(models, results).items(), "models", unit="model"):
+    for path in cli.progress(models, "models", unit="model"):
         try:
             unfinished = path.name.endswith(".last.pt")
             if unfinished or load_checkpoint(path, ("model", "contrastive"))["kind"] != "model":
@@ -293,14 +273,13 @@ def main(args):
             unreadable += 1
             continue
         measure(scored, args.seed)
-        write_results(scored, place)
+        write_results(scored, results / os.path.relpath(path, top).removesuffix(".pt"))
         warn_of_seen(scored)
         many.append(scored)
     if not many:
         raise UserError(f"none of the {len(models)} files is a model that can be scored")
     text = make_table(many, folder)
-    for name, error in failed:
-        text += f"\nNot trained: {name} ({error})\n"
+    text += "".join(f"\nNot trained: {name} ({error})\n" for name, error in failed)
     with cli.atomic_path(results / "table.md", sync=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print("\n" + text)
