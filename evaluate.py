@@ -22,7 +22,6 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names a backend that this
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from scipy.stats import binned_statistic
 
 import cli
@@ -48,7 +47,6 @@ class Evaluation:
     clusters: np.ndarray  # int (N,), which near-duplicates share
     leaked: np.ndarray  # bool (N,): the model has learned from a near-duplicate, by split.csv
     summary: dict  # what metrics.json holds
-    metrics: dict[str, float] = field(default_factory=dict)
     draws: dict[str, np.ndarray] = field(default_factory=dict)  # bootstrap, (RESAMPLES,) of each metric
     subgroups: list[dict] = field(default_factory=list)  # rows of subgroups.csv
 
@@ -60,46 +58,41 @@ class Evaluation:
         self.per_face = {  # the metrics that are means over faces: {metric: (N,)}
             "accuracy": self.right.astype(float),
             "within_one_group": (np.abs(self.predicted - self.groups) <= 1).astype(float),
-            **score_years(self.scores, self.faces),
         }
+        if self.scores.ages is not None:
+            self.per_face |= score_years(self.scores, self.faces)
         if self.scores.mask_iou is not None:
             self.per_face["mask_iou"] = self.scores.mask_iou.numpy()
             self.per_face["mask_dice"] = self.scores.mask_dice.numpy()
 
 
 def score_years(scores, faces):
-    """The metrics of predicted years, if a model predicts them: {metric: (N,)}.
-
-    Errors count from the nearest year of a range of true ages; a range tells no coverage.
-    """
-    if scores.ages is None:
-        return {}
+    """The metrics of predicted years, {metric: (N,)}; errors count from the nearest year of a true range."""
     true, spread = np.array([(face.age, face.spread) for face in faces]).T  # N each
     ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
     error = np.maximum(np.abs(ages - true) - spread, 0)
     found = {"mae_years": error, "within_five_years": (error <= 5).astype(float), "range_width": high - low}
-    if not spread.any():
+    if not spread.any():  # a range tells no coverage
         year = np.minimum(np.floor(true + 0.5), YEARS - 1)  # as the model learns it
         found["range_coverage"] = ((low <= year) & (year <= high)).astype(float)
     return found
 
 
 def read_split_table(data, files):
-    """What `split.csv`, if there is one in the folder `data`, says of N files.
+    """What `split.csv`, if there is one in the folder `data`, says of N files; UserError if it is of others.
 
     Returns their near-duplicate groups, int (N,), and whether each lies outside train, or outside val, while
-    another face of its group lies inside, bool (N,) each; split.py allows that only with --random. UserError
-    if the table is one of other faces.
+    another face of its group lies inside, bool (N,) each; split.py allows that only with --random.
     """
     path, rows = Path(data) / "split.csv", {}
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark, and semicolons
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
-            for row in csv.DictReader(text.splitlines(), delimiter=delimiter):
-                rows[row["file"]] = (row["duplicate_of"] or row["file"], row["split"])
+            table = csv.DictReader(text.splitlines(), delimiter=delimiter)
+            rows = {row["file"]: (row["duplicate_of"] or row["file"], row["split"]) for row in table}
         except (OSError, ValueError, KeyError, csv.Error):
-            rows = {}
+            pass
         if not rows.keys() & set(files):
             raise UserError(f"{path} is no table of these faces: run split.py again, or remove it")
     own = [rows.get(name, (name, "")) for name in files]
@@ -115,8 +108,7 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
 
     A face whose range of ages crosses groups is left out. unseen: so are the faces that the model has learned
     from or that its epoch was selected on, and their near-duplicates. read: how faces are read, so that the
-    caller of several models can keep them. Raises UserError if the checkpoint, the folder or its table is not
-    as it should be, or if no face is left.
+    caller of several models can keep them. UserError if a file is not as it should be, or no face is left.
     """
     model, checkpoint = load_model(path, device)
     size, with_masks = checkpoint["preprocessing"]["image_size"], model.decoder is not None
@@ -131,6 +123,11 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     one_group = dataset.groups >= 0
     seen = np.isin(clusters, clusters[learned | selected_on]) | near_train | near_val
     kept = one_group & ~seen if unseen else one_group
+    if not kept.any():
+        raise UserError(
+            f"0 of {len(kept)} faces of {folder} remain for {path}: the range of ages of "
+            f"{(~one_group).sum()} crosses groups, and --unseen leaves out the others"
+        )
     summary = {
         "n": int(kept.sum()),
         "left_out_across_groups": int((~one_group).sum()),
@@ -139,11 +136,6 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
         "chose_the_epoch": int(selected_on[kept].sum()),
         "classes_never_learned": checkpoint.get("missing_groups", []),
     }
-    if not kept.any():
-        raise UserError(
-            f"0 of {len(kept)} faces of {folder} remain for {path}: the range of ages of "
-            f"{summary['left_out_across_groups']} crosses groups, and --unseen leaves out the others"
-        )
     dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
     dataset.images = dataset.images[kept]
     dataset.masks = dataset.masks[kept] if with_masks else None
@@ -176,10 +168,9 @@ def score_subgroup(evaluation, at):
 
 
 def score_subgroups(evaluation, seed=0):
-    """Accuracies by age group, gender, race and the last two: a row a subgroup, and the widest gap of each.
+    """Scores by age group, gender, race and the last two: rows of subgroups.csv, and the widest gap of each.
 
-    A gap lies between the highest and the lowest accuracy among subgroups of at least `SMALL` faces, and
-    stands there with its `gap_p_value`.
+    A gap lies between the highest and the lowest accuracy among subgroups of at least `SMALL` faces.
     """
     e, rows, gaps = evaluation, [], []
     genders = np.array([*GENDERS, "unknown"])[[face.gender for face in e.faces]]  # -1 is the last
@@ -192,26 +183,28 @@ def score_subgroups(evaluation, seed=0):
         "race and gender": (both, [f"{race}, {gender}" for race in RACES for gender in GENDERS]),
     }
     for by, (labels, names) in kinds.items():
-        own = []
-        for name in names:
-            at = np.flatnonzero(labels == name)
-            if len(at):
-                own.append({"by": by, "subgroup": name} | score_subgroup(e, at))
-        large = sorted((row for row in own if not row["small"]), key=lambda row: row["accuracy"])
+        present = [name for name in names if name in labels]
+        own = [score_subgroup(e, np.flatnonzero(labels == name)) for name in present]
+        large = [(row["accuracy"], name) for name, row in zip(present, own) if not row["small"]]
         p = ""
         if len(large) > 1:
-            lowest, highest = large[0], large[-1]
-            at = np.isin(labels, [row["subgroup"] for row in large])
+            (least, lowest), (most, highest) = min(large), max(large)
+            at = np.isin(labels, [name for _, name in large])
             p = metrics.gap_p_value(e.right[at], labels[at], e.clusters[at], seed)
-            difference = round(highest["accuracy"] - lowest["accuracy"], 6)
-            gap = {"by": by, "highest": highest["subgroup"], "lowest": lowest["subgroup"]}
-            gaps.append(gap | {"difference": difference, "p": p})
-        rows += [row | {"p_no_gap": p} for row in own]
+            gap = {
+                "by": by,
+                "highest": highest,
+                "lowest": lowest,
+                "difference": round(most - least, 6),
+                "p": p,
+            }
+            gaps.append(gap)
+        rows += [{"by": by, "subgroup": name, **row, "p_no_gap": p} for name, row in zip(present, own)]
     return rows, gaps
 
 
 def measure(evaluation, seed):
-    """Fills in the metrics of an `Evaluation`, their draws and summary, and its subgroups."""
+    """Fills in the summary of an `Evaluation`, the draws of its metrics, and its subgroups."""
     e, effective = evaluation, metrics.effective_faces(evaluation.clusters)
     weights = metrics.resample(e.clusters, seed=seed)
     parts = np.array_split(weights, metrics.RESAMPLES // 50)  # of which each fits the memory
@@ -219,29 +212,27 @@ def measure(evaluation, seed):
     draws = [metrics.score(e.probabilities, e.groups, part, e.per_face) for part in bar]
     values = metrics.score(e.probabilities, e.groups, np.ones((1, len(e.faces))), e.per_face)
     for name, [value] in values.items():
-        e.metrics[name], e.draws[name] = float(value), np.concatenate([part[name] for part in draws])
+        e.draws[name] = np.concatenate([part[name] for part in draws])
         if name in metrics.SHARES:
             ends = metrics.wilson(value, effective)
         elif name == "ap_macro":
             ends = metrics.logit_interval(value, e.draws[name])
         else:
             ends = metrics.interval(e.draws[name])
-        numbers = [None if np.isnan(x) else round(float(x), 6) for x in (value, *ends)]
-        e.summary[name] = {"value": numbers[0], "ci95": numbers[1:]}
+        value, *ends = (None if np.isnan(x) else round(float(x), 6) for x in (value, *ends))
+        e.summary[name] = {"value": value, "ci95": ends}
     e.subgroups, gaps = score_subgroups(e, seed)
-    by_group = [row for row in e.subgroups if row["by"] == "age group" and "range_coverage" in row]
+    covered = [row for row in e.subgroups if row["by"] == "age group" and "range_coverage" in row]
     e.summary |= {
         "effective_n": round(effective, 1),
-        "absent_classes": [name for i, name in enumerate(GROUP_NAMES) if i not in e.groups],
-        "classes_of_f1_and_precision": [
-            name for i, name in enumerate(GROUP_NAMES) if i in e.groups or i in e.predicted
-        ],
+        "absent_classes": [name for group, name in enumerate(GROUP_NAMES) if group not in e.groups],
+        "classes_of_f1_and_precision": [GROUP_NAMES[group] for group in np.union1d(e.groups, e.predicted)],
         "unknown_gender": sum(face.gender < 0 for face in e.faces),
         "unknown_race": sum(face.race < 0 for face in e.faces),
         "ages_in_ranges": sum(face.spread > 0 for face in e.faces),
         "range_by_group": {
             row["subgroup"]: {"coverage": row["range_coverage"], "width": row["range_width"]}
-            for row in by_group
+            for row in covered
         },
         "expected_calibration_error": metrics.calibration_error(e.confidence, e.right),
         "calibration_error_if_perfect": metrics.perfect_calibration(e.confidence, e.clusters, seed),
@@ -258,7 +249,7 @@ def measure(evaluation, seed):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Figures
+# Figures and reports
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -291,14 +282,13 @@ def plot_subgroups(evaluation):
     inside = ["white" if row["small"] else color for row, color in zip(rows, colors)]
     for axis, metric in zip(axes, shown):
         value, low, high = ([row[metric + end] for row in rows] for end in ("", "_low", "_high"))
-        axis.axvline(evaluation.metrics[metric], color="0.6", linestyle="--")
+        axis.axvline(evaluation.summary[metric]["value"], color="0.6", linestyle="--")
         axis.hlines(range(len(rows)), low, high, colors=colors)
         axis.scatter(value, range(len(rows)), edgecolors=colors, facecolors=inside, zorder=2)
         axis.set(title=metric.replace("_", " "), ylim=(len(rows) - 0.5, -0.5))
-        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.xaxis.set_major_formatter("{x:.0%}")
         axis.grid(alpha=0.3)
-    labels = [f"{row['subgroup']} ({row['n']}{', small' if row['small'] else ''})" for row in rows]
-    axes[0].set_yticks(range(len(rows)), labels)
+    axes[0].set_yticks(range(len(rows)), [f"{row['subgroup']} ({row['n']})" for row in rows])
     figure.supxlabel(f"95 % intervals; dashed: all faces; hollow: fewer than {SMALL} faces", fontsize=9)
     return figure
 
@@ -335,11 +325,6 @@ def plot_mistakes(evaluation, count=40):
         axis.set_title(f"{true}\ntaken for {taken}\n{e.confidence[i]:.0%} sure", fontsize=8)
     figure.suptitle(f"{len(chosen)} of {len(wrong)} mistakes, the most confident first; labels may be wrong")
     return figure
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reports
-# ------------------------------------------------------------------------------------------------------------
 
 
 def write_results(evaluation, out):
@@ -384,7 +369,7 @@ def print_results(evaluation):
     low, high = perfect["range95"]
     reference = f"perfectly calibrated: {perfect['mean']:.2%} [{low:.2%}, {high:.2%}]"
     print(f"  {'expected calibration error':34}{error:7.2%}  ({reference})")
-    absent = ", ".join(summary["absent_classes"])
+    absent, leaks = ", ".join(summary["absent_classes"]), summary["near_duplicates_in_train"]
     notes = {
         "absent from the truth and left out of the other macro averages": absent,
         "F1 and precision average over": absent and ", ".join(summary["classes_of_f1_and_precision"]),
@@ -394,24 +379,19 @@ def print_results(evaluation):
         "left out of subgroups by gender, since it is unknown": summary["unknown_gender"],
         "left out of subgroups by race, since it is unknown": summary["unknown_race"],
         "ages that are ranges, where errors count from the nearest year": summary["ages_in_ranges"],
+        "near-duplicates of faces that the model has learned from": leaks["n"],
+        "accuracy on these": leaks["n"] and f"{leaks['accuracy']:.2%}",
     }
     for what, value in notes.items():
         if value:
             print(f"  {what}: {value}")
-    leaks = summary["near_duplicates_in_train"]
-    if leaks["n"]:
-        accuracies = f"accuracy {leaks['accuracy']:.2%} on them"
-        if leaks["accuracy_of_the_rest"] is not None:
-            accuracies += f", {leaks['accuracy_of_the_rest']:.2%} on the rest"
-        print(f"  {leaks['n']} faces have a near-duplicate that the model has learned from: {accuracies}")
     shown = [metric for metric in SUBGROUP_METRICS if metric in rows[0]]
     print(f"\n  {'':16}{'faces':>6}" + "".join(f"{metric.replace('_', ' '):>24}" for metric in shown))
     for row in rows:
         cells = (f"{row[m]:.1%} [{row[m + '_low']:.1%}, {row[m + '_high']:.1%}]" for m in shown)
         name = f"{row['subgroup']:16}{row['n']:5}{'*' if row['small'] else ' '}"
         print(f"  {name}" + "".join(f"{cell:>24}" for cell in cells))
-    if any(row["small"] for row in rows):
-        print(f"  * fewer than {SMALL} faces: little can be said")
+    print(f"  * fewer than {SMALL} faces: little can be said")
     for gap in summary["widest_gaps"]:
         points = f"{100 * gap['difference']:.1f} points of accuracy"
         found = f"{gap['highest']} above {gap['lowest']} by {points}"

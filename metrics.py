@@ -122,7 +122,8 @@ def interval(draws):
 def logit_interval(value, draws):
     """The 95 % interval of a value from 0 to 1, normal in log-odds, by the deviation of draws (R,).
 
-    For average precision: copies of a face share a rank, so draws lie too high (Boyd et al. 2013).
+    For average precision: copies of a face share a rank, so draws lie too high (Boyd et al. 2013). Of 300
+    faces it covers 93 % (tests/simulate_intervals.py).
     """
     odds = logit(np.clip([value, *draws], 1e-9, 1 - 1e-9))
     half = Z * odds[1:].std()
@@ -171,8 +172,8 @@ def calibration_error(confidence, right):
 def perfect_calibration(confidence, clusters, seed=0):
     """The calibration error that a perfectly calibrated model would show: its mean, and 95 % range.
 
-    It is above zero, since few faces fall into a bin. Outcomes are drawn from the confidences (N,) themselves,
-    for near-duplicates together.
+    It is above zero, since few faces fall into a bin. Outcomes are drawn from the confidences (N,), for
+    near-duplicates together.
     """
     rng = np.random.default_rng(seed)
     names, index = np.unique(clusters, return_inverse=True)

@@ -117,12 +117,15 @@ def read_table(path, header):
 
 
 def scored(accuracy, checkpoint, path="m.pt"):
-    """A model of which all COMPARED metrics and the error in years are known, or NaN."""
-    metrics = dict.fromkeys(table.COMPARED, accuracy) | {"mae_years": 10 * accuracy}
-    draws = {name: accuracy + np.linspace(-0.02, 0.02, 100) for name in metrics}
-    summary = {name: {"ci95": [value - 0.02, value + 0.03]} for name, value in metrics.items()}
+    """A model of which all COMPARED metrics and the error in years are known, or None."""
+    metrics = dict.fromkeys(table.COMPARED, accuracy) | {"mae_years": accuracy and 10 * accuracy}
+    draws = {name: (accuracy or np.nan) + np.linspace(-0.02, 0.02, 100) for name in metrics}
+    summary = {
+        name: {"value": value, "ci95": value and [value - 0.02, value + 0.03]}
+        for name, value in metrics.items()
+    }
     summary |= {"seen_in_training": 0, "chose_the_epoch": 0}
-    values = {"metrics": metrics, "draws": draws, "summary": summary, "checkpoint": checkpoint}
+    values = {"draws": draws, "summary": summary, "checkpoint": checkpoint}
     return SimpleNamespace(path=path, faces=[None] * 9, **values)
 
 
@@ -134,7 +137,7 @@ def model(strategy, seed, accuracy, **settings):
 def test_table_and_differences_of_known_models(capsys, tmp_path):
     many = [model("uniform", seed, 0.7 + seed / 100) for seed in (2, 0, 1)]
     many += [model("differentiated", seed, 0.75 + seed / 100) for seed in (0, 1, 2)]
-    many += [model("uniform", 0, np.nan, lr=0.1)]
+    many += [model("uniform", 0, None, lr=0.1)]
     (tmp_path / "t.md").write_text(make_table(many, "d/test"))
     first, second, third = read_table(tmp_path / "t.md", "LR strategy")
     assert (first["LR strategy"], first["Seeds"], first["Other settings"]) == ("uniform", "0, 1, 2", "lr off")

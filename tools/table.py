@@ -47,10 +47,6 @@ from three on for other seeds (Student's t). One in twenty misses zero by chance
 
 """
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
-
 
 def call(script, *flags):
     """Runs a script in a process of its own; returns the last line of its errors, or None if it succeeded."""
@@ -89,11 +85,6 @@ def train_rows(args):
     if not models:
         raise UserError(f"no row was trained: {failed[0][1]}")
     return models, failed
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The table
-# ------------------------------------------------------------------------------------------------------------
 
 
 def describe(checkpoint):
@@ -158,7 +149,7 @@ def compare(first, second):
     the latter that seeds do not share, which is in both; never below the faces' own. Degrees of freedom after
     Welch and Satterthwaite, the faces' part taken as known.
     """
-    values = [np.array([value for value, _ in runs]) for runs in (first, second)]
+    values = [np.array([value for value, _ in runs], float) for runs in (first, second)]  # None is NaN
     draws = [np.stack([drawn for _, drawn in runs]) for runs in (first, second)]  # S×R each
     difference = float(values[0].mean() - values[1].mean())
     drawn = draws[0].mean(axis=0) - draws[1].mean(axis=0)  # R
@@ -175,13 +166,14 @@ def compare(first, second):
 def format_metric(runs, name):
     """A cell of the table, in percent or years: mean ± standard deviation over seeds, or value [interval]."""
     scale = 1 if name == "mae_years" else 100
-    values = [scale * scored.metrics.get(name, np.nan) for scored in runs]
-    if np.isnan(values).any():
+    found = [scored.summary.get(name, {"value": None}) for scored in runs]
+    values = [metric["value"] for metric in found]
+    if None in values:
         return "–"
     if len(runs) > 1:
-        return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-    low, high = runs[0].summary[name]["ci95"]
-    return f"{values[0]:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
+        return f"{scale * np.mean(values):.1f} ± {scale * np.std(values, ddof=1):.1f}"
+    low, high = found[0]["ci95"]
+    return f"{scale * values[0]:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
 
 
 def format_difference(difference, ends):
@@ -215,7 +207,7 @@ def make_table(many, folder):
         what = " − ".join(", ".join(side[key] for key in differ) for side in (second, first))
         pair = [what, ", ".join(value for key, value in first.items() if key not in differ)]
         for name in COMPARED:
-            sides = ([(s.metrics[name], s.draws[name]) for s in side] for side in (others, runs))
+            sides = ([(s.summary[name]["value"], s.draws[name]) for s in side] for side in (others, runs))
             difference, ends, general = compare(*sides)
             pair.append(format_difference(difference, ends))
         pairs.append([*pair, "other seeds" if general else "these trained models only"])
