@@ -13,6 +13,7 @@ more. Pairs that are already there stay as they are: an interrupted run goes on 
 
 import io
 import os
+import posixpath
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import product
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -105,7 +106,7 @@ def grabcut_mask(image: np.ndarray, seed: int = 0) -> np.ndarray:
 # Face-parsing network
 # ------------------------------------------------------------------------------------------------------------
 
-NETWORK_INPUT, NETWORK_OUTPUT = (1, 3, 512, 512), (1, 19, 512, 512)
+NETWORK_SIDE, NETWORK_OUTPUT = 512, (1, 19, 512, 512)
 FACE_CLASSES = (1, 13)  # first and last: skin, brows, eyes, glasses, ears, earrings, nose, mouth, lips
 
 
@@ -115,20 +116,20 @@ def load_network(path: str, thread: int) -> cv2.dnn.Net:
     return cv2.dnn.readNetFromONNX(path)
 
 
-def network_logits(path: str, blob: np.ndarray) -> np.ndarray:
-    """Logits (1, 19, 512, 512) of RGB (1, 3, 512, 512), ImageNet-normalised: the first declared output."""
-    network = load_network(path, threading.get_ident())
-    network.setInput(blob)
-    return network.forward(network.getUnconnectedOutLayersNames()[0])  # the others only served in training
-
-
 def network_mask(image: np.ndarray, path: str) -> np.ndarray:
-    """Face mask, uint8 0/255 (H, W), of an image, uint8 BGR (H, W, 3): where a face's class is likeliest."""
-    rgb = cv2.cvtColor(cv2.resize(image, NETWORK_INPUT[2:]), cv2.COLOR_BGR2RGB)
+    """Face mask, uint8 0/255 (H, W), of an image, uint8 BGR (H, W, 3): where a face's class is likeliest.
+
+    path: an ONNX file. Raises ValueError or cv2.error if it is no face-parsing network.
+    """
+    rgb = cv2.cvtColor(cv2.resize(image, (NETWORK_SIDE, NETWORK_SIDE)), cv2.COLOR_BGR2RGB)
     blob = ((rgb / 255 - utkface.PIXEL_MEAN) / utkface.PIXEL_STD).astype(np.float32)
-    blob = np.ascontiguousarray(blob.transpose(2, 0, 1)[None])  # 1x3x512x512
-    classes = network_logits(path, blob)[0].argmax(0)  # 512x512
-    mask = cv2.inRange(classes.astype(np.uint8), *FACE_CLASSES)
+    network = load_network(path, threading.get_ident())
+    network.setInput(np.ascontiguousarray(blob.transpose(2, 0, 1)[None]))  # 1x3x512x512
+    # The first declared output: the others only served in training
+    logits = network.forward(network.getUnconnectedOutLayersNames()[0])  # 1x19x512x512
+    if logits.shape != NETWORK_OUTPUT:
+        raise ValueError(f"logits {logits.shape}, not {NETWORK_OUTPUT}")
+    mask = cv2.inRange(logits[0].argmax(0).astype(np.uint8), *FACE_CLASSES)  # 512x512
     mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_AREA)
     return np.where(mask > 127, 255, 0).astype(np.uint8)
 
@@ -142,12 +143,10 @@ def mask_function(parser: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
             f"--parser {parser} is not a file: give grabcut or the path of a face-parsing ONNX"
         )
     try:
-        shape = network_logits(parser, np.zeros(NETWORK_INPUT, np.float32)).shape
-    except cv2.error:
-        shape = None
-    if shape != NETWORK_OUTPUT:
+        network_mask(np.zeros((64, 64, 3), np.uint8), parser)
+    except (cv2.error, ValueError):
         remedy = "take resnet18.onnx of yakhyo/face-parsing"
-        raise cli.UserError(f"--parser {parser} is no face-parsing ONNX: {remedy}")
+        raise cli.UserError(f"--parser {parser} is no face-parsing ONNX: {remedy}") from None
     return partial(network_mask, path=parser)
 
 
@@ -214,14 +213,9 @@ def find_stems(args, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     if args.labels:
         rows = inputs.read_labels(args.labels, dict(args.columns or ()))
         return inputs.match_labels(rows, names, Path(args.input))
-    stems, reasons = {}, {}
-    for name in names:
-        face = utkface.parse_name(PurePosixPath(name).name)
-        if face:
-            stems[name] = face.stem
-        else:
-            reasons[name] = MALFORMED
-    return stems, reasons
+    labels = {name: utkface.parse_name(posixpath.basename(name)) for name in names}
+    stems = {name: face.stem for name, face in labels.items() if face}
+    return stems, dict.fromkeys(labels.keys() - stems.keys(), MALFORMED)
 
 
 def remove_other_labels(output: Path, stems: Iterable[str], overwrite: bool):
@@ -231,8 +225,7 @@ def remove_other_labels(output: Path, stems: Iterable[str], overwrite: bool):
         stem = path.name.removesuffix("_image.png")
         if by_picture.get(stem.split("_", 3)[-1], stem) != stem:
             if not overwrite:
-                remedy = "--overwrite replaces it"
-                raise cli.UserError(f"--output: {path} has another label in --labels: {remedy}")
+                raise cli.UserError(f"{path} has another label in --labels: --overwrite replaces it")
             path.unlink()
             path.with_name(f"{stem}_mask.png").unlink(missing_ok=True)
 
@@ -311,18 +304,17 @@ def write_pairs(args, write: Callable[[bytes, str], list[str]]):
 
 def contact_sheet(output: Path, stems: list[str], count: int = 36, columns: int = 4, side: int = 104):
     """Image, mask and overlay of `count` faces spread evenly over `stems`, uint8 BGR (H, W, 3)."""
-    chosen = [stems[i] for i in np.unique(np.linspace(0, len(stems) - 1, count).astype(int))]
     tiles = []
-    for stem in chosen:
-        parts = (utkface.read_image(output / f"{stem}_{part}.png") for part in ("image", "mask"))
-        image, mask = (cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA) for part in parts)
+    for i in np.unique(np.linspace(0, len(stems) - 1, count).astype(int)):
+        image, mask = (utkface.read_image(output / f"{stems[i]}_{part}.png") for part in ("image", "mask"))
+        image, mask = utkface.resize(image, side), utkface.resize(mask, side)
         overlay = (image * (0.35 + 0.65 * mask / 255)).astype(np.uint8)
         contours = cv2.findContours(mask[..., 0] // 128, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
         cv2.drawContours(overlay, contours, -1, (120, 230, 90), 1, cv2.LINE_AA)
         tile = np.hstack([image, mask, overlay])
         tile = cv2.copyMakeBorder(tile, 8, 24, 14, 14, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-        place, font = (14, side + 24), cv2.FONT_HERSHEY_SIMPLEX
-        cv2.putText(tile, f"age {stem.split('_')[0]}", place, font, 0.4, (100, 100, 100), 1, cv2.LINE_AA)
+        age, font = stems[i].split("_")[0], cv2.FONT_HERSHEY_SIMPLEX
+        cv2.putText(tile, f"age {age}", (14, side + 24), font, 0.4, (100, 100, 100), 1, cv2.LINE_AA)
         tiles.append(tile)
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
@@ -333,8 +325,7 @@ def get_parser():
     # fmt: off
     add = parser.add_argument
     add("--input", default="dataset/raw", help="folder, .tar.gz or .zip of UTKFace's faces, or of own ones")
-    add("--labels", metavar="FILE.csv",
-        help="table of own faces, with columns file and age, and perhaps gender and race")
+    add("--labels", metavar="FILE.csv", help="table of own faces: file, age, and perhaps gender and race")
     add("--columns", nargs="+", metavar="COLUMN=NAME", type=inputs.column_name,
         help="what --labels calls its columns, such as age=real_age")
     add("--detect", nargs="?", choices=["single", "largest"], const="single",
@@ -364,20 +355,19 @@ def main(args):
     counts, notes, skipped = write_pairs(args, write)
     speed = counts["written"] / (time.perf_counter() - start)
 
-    skipped_text = f"{len(skipped):,} skipped"
+    skips = f"{len(skipped):,} skipped"
     if skipped:
-        reasons = Counter(reason.split(":")[0] for _, reason in skipped)
-        [(commonest, count)] = reasons.most_common(1)
-        skipped_text += f", most of them ({count:,}) for: {commonest}"
-    if skipped or counts["files"]:
+        [(reason, count)] = Counter(reason.split(":")[0] for _, reason in skipped).most_common(1)
+        skips += f", most of them ({count:,}) for: {reason}"
+    if counts["files"] or skipped:
         rows = [{"file": name, "reason": reason} for name, reason in skipped]
         cli.write_csv(output / "skipped.csv", rows, ["file", "reason"])
     if not counts["written"] + counts["there"]:
-        failure = f"none of its {counts['files']:,} files can be used: {skipped_text}"
         remedy = f"see {output / 'skipped.csv'}"
-        if MALFORMED in failure:
+        if MALFORMED in skips:
             remedy = "name UTKFace's folder or archive, or give --labels"
-        raise cli.UserError(f"--input {args.input}: {failure}; {remedy}")
+        failure = f"none of its {counts['files']:,} files can be used"
+        raise cli.UserError(f"--input {args.input}: {failure}: {skips}; {remedy}")
     stems = sorted(path.name.removesuffix("_mask.png") for path in output.glob("*_mask.png"))
     stems = [stem for stem in stems if (output / f"{stem}_image.png").is_file()]
     with cli.atomic_path(output / "preview.png") as temporary:
@@ -388,7 +378,7 @@ def main(args):
             print(f"warning: {len(notes[note]):,} pictures {text} (such as {example})", file=sys.stderr)
     print(
         f"{output}: {counts['files']:,} files: {counts['written']:,} pairs written ({speed:.0f}/s), "
-        f"{counts['there']:,} already there, {skipped_text}; see skipped.csv and preview.png"
+        f"{counts['there']:,} already there, {skips}; see skipped.csv and preview.png"
     )
 
 
