@@ -24,9 +24,27 @@ from pathlib import Path
 from cli import UserError
 from utkface import AGE_GROUPS, GENDERS, RACES, walk_files
 
-# ------------------------------------------------------------------------------------------------------------
-# Files in folders and archives: a name, a size in bytes, and a function that reads each
-# ------------------------------------------------------------------------------------------------------------
+SPELLINGS = {  # of each column; where a table has several, the first counts
+    "file": ("file", "file_name", "filename", "img_name", "image", "path"),
+    "age": ("age", "real_age", "apparent_age_avg"),
+    "gender": ("gender", "sex"),
+    "race": ("race", "ethnicity"),
+}
+WORDS = {  # beside the names in utkface.py and their indices
+    "gender": {"man": 0, "m": 0, "woman": 1, "f": 1},
+    "race": {
+        "caucasian": 0, "afroamerican": 1, "east asian": 2, "southeast asian": 2, "middle eastern": 4,
+        "latino_hispanic": 4, "other": 4,
+    },
+}  # fmt: skip
+UNKNOWN = ("", "x", "-", "-1", "?", "na", "n/a", "nan", "none", "null", "unknown")
+OLDEST = 100  # where a range without an end stops, such as "more than 70"
+NUMBER = r"(-?\d+(?:[.,]\d+)?)"
+AGE = re.compile(NUMBER)
+RANGE = re.compile(rf"\(?{NUMBER}\s*(?:-|–|to|,)\s*{NUMBER}\)?")
+OPEN_RANGE = re.compile(rf"(?:more than|over|>=?)\s*{NUMBER}|{NUMBER}\s*(?:\+|and over|or more)")
+CROP_ENDING = "_face.jpg"  # APPA-REAL has a crop beside each photograph
+UNSAFE = re.compile(r'[%/\\:*?"<>|\x00-\x1f\x7f\udc80-\udcff]')  # what a file name cannot hold everywhere
 
 
 @contextmanager
@@ -44,7 +62,7 @@ def open_files(source: Path, output: Path) -> Iterator[tuple[list, list]]:
             raise UserError(f"--input {source} does not exist: name a folder, .tar.gz or .zip of faces")
         elif zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
-                yield list_zip(archive)
+                yield list_zip(archive), []
         else:
             with tarfile.open(source) as archive:
                 yield list_tar(archive)
@@ -69,13 +87,13 @@ def list_folder(folder: Path, output: Path) -> tuple[list, list]:
     return files, [(name[path], reason) for path, reason in unreadable.items()]
 
 
-def list_zip(archive: zipfile.ZipFile) -> tuple[list, list]:
+def list_zip(archive: zipfile.ZipFile) -> list:
     files = []
     for member in archive.infolist():
         name = member.filename.replace("\\", "/")  # as some Windows programs write it
         if not name.endswith("/"):
             files.append((name, member.file_size, partial(read_alone, archive.read, member)))
-    return files, []
+    return files
 
 
 def list_tar(archive: tarfile.TarFile) -> tuple[list, list]:
@@ -96,33 +114,6 @@ def list_tar(archive: tarfile.TarFile) -> tuple[list, list]:
     targets.sort(key=lambda pair: pair[1].offset_data)
     read = lru_cache(1)(lambda target: archive.extractfile(target).read())
     return [(name, target.size, partial(read, target)) for name, target in targets], others
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Labels of own faces
-# ------------------------------------------------------------------------------------------------------------
-
-SPELLINGS = {  # of each column; where a table has several, the first counts
-    "file": ("file", "file_name", "filename", "img_name", "image", "path"),
-    "age": ("age", "real_age", "apparent_age_avg"),
-    "gender": ("gender", "sex"),
-    "race": ("race", "ethnicity"),
-}
-WORDS = {  # beside the names in utkface.py and their indices
-    "gender": {"man": 0, "m": 0, "woman": 1, "f": 1},
-    "race": {
-        "caucasian": 0, "afroamerican": 1, "east asian": 2, "southeast asian": 2, "middle eastern": 4,
-        "latino_hispanic": 4, "other": 4,
-    },
-}  # fmt: skip
-UNKNOWN = ("", "x", "-", "-1", "?", "na", "n/a", "nan", "none", "null", "unknown")
-OLDEST = 100  # where a range without an end stops, such as "more than 70"
-NUMBER = r"(-?\d+(?:[.,]\d+)?)"
-AGE = re.compile(NUMBER)
-RANGE = re.compile(rf"\(?{NUMBER}\s*(?:-|–|to|,)\s*{NUMBER}\)?")
-OPEN_RANGE = re.compile(rf"(?:more than|over|>=?)\s*{NUMBER}|{NUMBER}\s*(?:\+|and over|or more)")
-CROP_ENDING = "_face.jpg"  # APPA-REAL has a crop beside each photograph
-UNSAFE = re.compile(r'[%/\\:*?"<>|\x00-\x1f\x7f\udc80-\udcff]')  # what a file name cannot hold everywhere
 
 
 def column_name(text: str) -> tuple[str, str]:

@@ -139,14 +139,12 @@ def mask_function(parser: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     if parser == "grabcut":
         return partial(grabcut_mask, seed=seed % 2**31)
     if not Path(parser).is_file():
-        raise cli.UserError(
-            f"--parser {parser} is not a file: give grabcut or the path of a face-parsing ONNX"
-        )
+        raise cli.UserError(f"--parser {parser} is no file: give grabcut, or a face-parsing ONNX")
     try:
         network_mask(np.zeros((64, 64, 3), np.uint8), parser)
     except (cv2.error, ValueError):
-        remedy = "take resnet18.onnx of yakhyo/face-parsing"
-        raise cli.UserError(f"--parser {parser} is no face-parsing ONNX: {remedy}") from None
+        known = "resnet18.onnx of yakhyo/face-parsing"
+        raise cli.UserError(f"--parser {parser} is no face-parsing ONNX: take {known}") from None
     return partial(network_mask, path=parser)
 
 
@@ -230,6 +228,12 @@ def remove_other_labels(output: Path, stems: Iterable[str], overwrite: bool):
             path.with_name(f"{stem}_mask.png").unlink(missing_ok=True)
 
 
+def write_png(path: Path, pixels: np.ndarray):
+    encoded = cv2.imencode(".png", pixels, PNG_FLAGS)[1]
+    with cli.atomic_path(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
 def write_pair(data: bytes, stem: str, output: Path, find_mask: Callable, find_face: Callable) -> list[str]:
     """Writes image and mask of an encoded picture; returns which of `NOTES` hold of it.
 
@@ -237,20 +241,16 @@ def write_pair(data: bytes, stem: str, output: Path, find_mask: Callable, find_f
     cannot be used.
     """
     image = utkface.decode_image(data, max_pixels=utkface.MAX_PIXELS * (2 if find_face else 1))
-    notes = []
     is_tiff = data.startswith((b"II*\0", b"MM\0*"))
-    if is_tiff and Image.open(io.BytesIO(data)).n_frames > 1:
-        notes.append("pages")
+    notes = ["pages"] if is_tiff and Image.open(io.BytesIO(data)).n_frames > 1 else []
     if find_face:
         image = find_face(image)
     elif not looks_like_a_crop(image):
         notes.append("crop")
     if image.shape[0] != image.shape[1]:
         notes.append("square")
-    for part, pixels in (("mask", find_mask(image)), ("image", image)):  # never an image without its mask
-        encoded = cv2.imencode(".png", pixels, PNG_FLAGS)[1]
-        with cli.atomic_path(output / f"{stem}_{part}.png") as temporary:
-            temporary.write_bytes(encoded)
+    write_png(output / f"{stem}_mask.png", find_mask(image))
+    write_png(output / f"{stem}_image.png", image)  # last: there is never an image without its mask
     return notes
 
 
@@ -277,16 +277,17 @@ def write_pairs(args, write: Callable[[bytes, str], list[str]]):
             remove_other_labels(output, stems.values(), args.overwrite)
         for name, size, read in files:
             stem = stems.get(name)
+            if stem is None:
+                continue
             if stem in first:
                 skipped.append((name, f"same name as {first[stem]}"))
-            elif stem and size > MAX_BYTES:
+            elif size > MAX_BYTES:
                 skipped.append((name, f"larger than {MAX_BYTES // 2**20} MiB"))
             elif {f"{stem}_image.png", f"{stem}_mask.png"} <= there:
                 counts["there"] += 1
-            elif stem:
+            else:
                 wanted.append((name, stem, read))
-            if stem:
-                first.setdefault(stem, name)
+            first.setdefault(stem, name)
         try:
             for name, stem, read in cli.progress(wanted, "masks", unit=" files"):
                 try:
@@ -370,8 +371,7 @@ def main(args):
         raise cli.UserError(f"--input {args.input}: {failure}: {skips}; {remedy}")
     stems = sorted(path.name.removesuffix("_mask.png") for path in output.glob("*_mask.png"))
     stems = [stem for stem in stems if (output / f"{stem}_image.png").is_file()]
-    with cli.atomic_path(output / "preview.png") as temporary:
-        cv2.imwrite(str(temporary), contact_sheet(output, stems))
+    write_png(output / "preview.png", contact_sheet(output, stems))
     for note, text in NOTES.items():
         if notes[note]:
             example = min(notes[note])

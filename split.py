@@ -48,10 +48,7 @@ class Pair(NamedTuple):
 
 
 def read_thumbnails(folder, faces, workers):
-    """Checks each pair and reduces its image to grey, uint8 (N, 64, 64).
-
-    Raises UserError for what cannot be read, and for a mask of another size than its image.
-    """
+    """The images in grey, uint8 (N, 64, 64); UserError if a pair cannot be read, or its sizes differ."""
     thumbnails = np.empty((len(faces), 64, 64), np.uint8)
 
     def load(index):
@@ -91,10 +88,9 @@ def aligned_correlation(image, other):
 
 
 def find_candidates(vectors, others, block):
-    """Yields each item with those after it whose correlation is above `CANDIDATE`, if any: its index, theirs
-    (K,), and the correlations (K,), of vectors (N, D) with others (N, D).
+    """Yields an index, later ones (K,) that correlate with it above `CANDIDATE`, and their correlations (K,).
 
-    Compares block by block: time grows with N², memory with N.
+    vectors, others: (N, D). Compares block by block: time grows with N², memory with N.
     """
     starts = range(0, len(vectors), block)
     blocks = [(top, left) for top in starts for left in starts if left >= top]
@@ -151,7 +147,8 @@ def connect(count, pairs):
     first, second = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
     links = coo_array((np.ones(len(first)), (first, second)), (count, count))
     labels = connected_components(links, directed=False)[1]
-    return np.unique(labels, return_index=True)[1][labels]
+    smallest = np.unique(labels, return_index=True)[1]
+    return smallest[labels]
 
 
 def assign(groups, components, fractions, seed):
@@ -160,18 +157,15 @@ def assign(groups, components, fractions, seed):
     groups, components: int (N,). Components of several faces are placed first, the largest first, each where
     its age groups are furthest below their share; single faces then fill every share exactly.
     """
-    fractions = np.asarray(fractions)
-    rng = np.random.default_rng(seed)
-    sizes = np.bincount(groups, minlength=len(GROUP_NAMES))
-    wanted = fractions[:, None] * sizes  # 3×6 faces still to be placed
+    fractions, rng = np.asarray(fractions), np.random.default_rng(seed)
+    wanted = np.outer(fractions, np.bincount(groups, minlength=len(GROUP_NAMES)))  # 3×6 faces to be placed
     splits = np.full(len(groups), -1)
     roots, counts = np.unique(components, return_counts=True)
-    several = rng.permutation(roots[counts > 1])
-    members = {root: np.flatnonzero(components == root) for root in several}
-    for root in sorted(several, key=lambda root: -len(members[root])):
-        histogram = np.bincount(groups[members[root]], minlength=len(GROUP_NAMES))
+    families = [np.flatnonzero(components == root) for root in rng.permutation(roots[counts > 1])]
+    for family in sorted(families, key=len, reverse=True):
+        histogram = np.bincount(groups[family], minlength=len(GROUP_NAMES))
         choice = np.argmax((wanted * histogram).sum(axis=1) / np.where(fractions > 0, fractions, np.inf))
-        splits[members[root]] = choice
+        splits[family] = choice
         wanted[choice] -= histogram
     for group in range(len(GROUP_NAMES)):
         single = rng.permutation(np.flatnonzero((groups == group) & (splits < 0)))
@@ -189,8 +183,8 @@ def share_out(groups, pairs, fractions, seed):
     earliest split that one of them is in. So a split made before there was aligning stays the same but for
     those few, and none of its train and val faces becomes a test face: earlier models can be scored here.
     """
-    as_they_lie = connect(len(groups), [pair for pair in pairs if not pair.aligned])
-    dealt = assign(groups, as_they_lie, fractions, seed)
+    as_they_lie = [pair for pair in pairs if not pair.aligned]
+    dealt = assign(groups, connect(len(groups), as_they_lie), fractions, seed)
     components = connect(len(groups), pairs)
     earliest = np.full(len(groups), len(SPLITS))
     np.minimum.at(earliest, components, dealt)
