@@ -123,14 +123,12 @@ def walk_files(folder: str | Path, leave_out: Iterable = ()) -> tuple[list[Path]
             tops += [Path(place, name) for name in sorted(folders) if Path(place, name).is_symlink()]
             for path in (Path(place, name) for name in names):
                 try:
-                    mode = path.stat().st_mode
+                    if stat.S_ISREG(path.stat().st_mode):
+                        files.append(path)
+                    else:
+                        unreadable[path] = "not a regular file"
                 except OSError as error:
                     refuse(error)
-                    continue
-                if stat.S_ISREG(mode):
-                    files.append(path)
-                else:
-                    unreadable[path] = "not a regular file"
     return sorted(files), unreadable
 
 
