@@ -166,11 +166,8 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
         raise ValueError(f"{width}x{height} pixels, above {max_pixels // 10**6} million")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width}x{height} pixels, below {MIN_SIDE} a side")
-    by_pillow = (
-        "A" in picture.getbands()
-        or "transparency" in picture.info
-        or picture.format == "AVIF"  # which OpenCV does not turn as EXIF says
-    )
+    transparent = "A" in picture.getbands() or "transparency" in picture.info
+    by_pillow = transparent or picture.format == "AVIF"  # which OpenCV does not turn as EXIF says
     ends_well = ENDS.get(picture.format, b"") in data[-1024:]  # else it is cut, or appended to: slow to tell
     if by_pillow or not ends_well:
         try:

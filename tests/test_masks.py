@@ -38,20 +38,31 @@ def raw(drawn, tmp_path_factory):
     return folder
 
 
-def archive(raw, path):
-    """Packs a folder's files as the official download does."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as packed:
-            for file in sorted(raw.iterdir()):
-                packed.write(file, f"UTKFace/{file.name}")
-    else:
-        with tarfile.open(path, "w:gz") as packed:
-            packed.add(raw, "UTKFace")
+def zipped(path, contents):
+    """Writes a .zip of bytes by name."""
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, data in contents.items():
+            packed.writestr(name, data)
     return path
 
 
+def tarred(path, folder):
+    """Packs a folder as the official download does."""
+    with tarfile.open(path, "w:gz") as packed:
+        packed.add(folder, "UTKFace")
+    return path
+
+
+def add(packed, name, data=b"", kind=tarfile.REGTYPE, target=""):
+    """Adds a file, or a link, to a .tar."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, target, len(data)
+    packed.addfile(member, io.BytesIO(data))
+
+
 def test_folder_and_archives_give_the_same_pairs(raw, tmp_path, cli):
-    sources = [raw, archive(raw, tmp_path / "a.tar.gz"), archive(raw, tmp_path / "a.zip")]
+    contents = {f"UTKFace/{path.name}": path.read_bytes() for path in raw.iterdir()}
+    sources = [raw, tarred(tmp_path / "a.tar.gz", raw), zipped(tmp_path / "a.zip", contents)]
     results = []
     for i, source in enumerate(sources):
         code, out, _ = cli("masks", "--input", source, "--output", tmp_path / str(i), "--workers", i + 1)
@@ -108,9 +119,7 @@ def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
     }
     with tarfile.open(path, "w:gz") as packed:
         for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            packed.addfile(member, io.BytesIO(data))
+            add(packed, name, data)
     code, out, _ = cli("masks", "--input", path, "--output", tmp_path / "out")
     assert code == 0 and "2 pairs written" in out and "9 files:" in out and "7 skipped" in out
     assert "2 already there" in cli("masks", "--input", path, "--output", tmp_path / "out")[1]
@@ -125,24 +134,13 @@ def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
     assert "same name" in reasons["again/1_0_0_20170000000000001.jpg.chip.jpg"]
 
 
-def add(packed, name, data=None, kind=None, target=None):
-    """Adds a file, or a link, to a .tar."""
-    member = tarfile.TarInfo(name)
-    if kind:
-        member.type, member.linkname = kind, target
-    member.size = len(data or b"")
-    packed.addfile(member, io.BytesIO(data or b""))
-
-
 def test_links_in_an_archive_are_followed_and_others_named(raw, tmp_path, cli, monkeypatch):
     first, second = (path.read_bytes() for path in sorted(raw.iterdir())[:2])
     stem = "{}_0_0_20170000000000000"
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as packed:
         add(packed, "./f/" + stem.format(1) + ".jpg", first)
         add(packed, "./f/data/second", second)
-        folder = tarfile.TarInfo("f/data")
-        folder.type = tarfile.DIRTYPE
-        packed.addfile(folder)
+        add(packed, "f/data", kind=tarfile.DIRTYPE)
         for age, kind, target in (
             (2, tarfile.LNKTYPE, "f/data/second"), (3, tarfile.SYMTYPE, "data/second"),
             (4, tarfile.SYMTYPE, stem.format(3) + ".jpg"), (5, tarfile.LNKTYPE, f"./f/{stem.format(1)}.jpg"),
@@ -172,13 +170,10 @@ def test_links_in_an_archive_are_followed_and_others_named(raw, tmp_path, cli, m
 
 
 def test_archives_made_on_windows(raw, tmp_path, cli):
-    path, names = tmp_path / "a.zip", sorted(os.listdir(raw))
-    with zipfile.ZipFile(path, "w") as packed:
-        packed.writestr("UTKFace\\", b"")
-        for name in names:
-            packed.writestr(f"UTKFace\\part1\\{name}", (raw / name).read_bytes())
+    contents = {f"UTKFace\\part1\\{path.name}": path.read_bytes() for path in raw.iterdir()}
+    path = zipped(tmp_path / "a.zip", {"UTKFace\\": b""} | contents)
     code, out, _ = cli("masks", "--input", path, "--output", tmp_path / "out")
-    assert code == 0 and f"{len(names)} files: {len(names)} pairs written" in out
+    assert code == 0 and "12 files: 12 pairs written" in out
 
 
 def test_linked_folders_are_read_and_the_output_is_not(raw, tmp_path, cli):
@@ -194,19 +189,17 @@ def test_linked_folders_are_read_and_the_output_is_not(raw, tmp_path, cli):
 
 def test_what_cannot_be_used_at_all_is_an_error(raw, tmp_path, refuse, monkeypatch):
     names = sorted(os.listdir(raw))
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
-        for name in names:
-            packed.writestr(name, (raw / name).read_bytes())
-    data = bytearray((tmp_path / "a.zip").read_bytes())
+    path = zipped(tmp_path / "a.zip", {name: (raw / name).read_bytes() for name in names})
+    data = bytearray(path.read_bytes())
     for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         place = data.find(signature)
         while place >= 0:
             data[place + flags] |= 1  # encrypted
             place = data.find(signature, place + 1)
-    (tmp_path / "a.zip").write_bytes(data)
+    path.write_bytes(data)
     flags = ["--output", tmp_path / "out", "--input"]
     words = ["a.zip", "none of its 12 files can be used", "(12) for: encrypted", "skipped.csv"]
-    refuse("masks", *flags, tmp_path / "a.zip", words=words)
+    refuse("masks", *flags, path, words=words)
     assert set(skipped(tmp_path / "out").values()) == {"encrypted"}
     (tmp_path / "lfs").mkdir()
     for name in names[:3]:
@@ -238,8 +231,7 @@ def test_of_several_pages_the_first_is_used_and_the_rest_named(raw, tmp_path, cl
 def test_nothing_is_extracted_by_path(raw, tmp_path, cli):
     path = tmp_path / "in/a.zip"
     path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as packed:
-        packed.writestr("../../1_0_0_20170000000000001.jpg", next(raw.iterdir()).read_bytes())
+    zipped(path, {"../../1_0_0_20170000000000001.jpg": next(raw.iterdir()).read_bytes()})
     assert cli("masks", "--input", path, "--output", tmp_path / "x/y")[0] == 0
     assert sorted(os.listdir(tmp_path)) == ["in", "x"] and os.listdir(tmp_path / "x") == ["y"]
     assert "1_0_0_20170000000000001_mask.png" in os.listdir(tmp_path / "x/y")
@@ -352,7 +344,7 @@ def test_bad_input(raw, tmp_path, refuse):
     (tmp_path / "text.tar.gz").write_text("no archive")
     (tmp_path / "names").mkdir()
     (tmp_path / "names/face.jpg").write_bytes(next(raw.iterdir()).read_bytes())
-    whole = archive(raw, tmp_path / "whole.tar.gz").read_bytes()
+    whole = tarred(tmp_path / "whole.tar.gz", raw).read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
     refuse("masks", *out, "--input", tmp_path / "nowhere", words=["--input", "nowhere"])
     refuse("masks", "--input", raw, "--output", raw / "../" / raw.name, words=["is --input as well"])
