@@ -11,7 +11,6 @@ sheet to look at). Own faces have the path of their picture in place of the time
 more. Pairs that are already there stay as they are: an interrupted run goes on where it stopped.
 """
 
-import io
 import os
 import posixpath
 import sys
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 import cli
 import faces
@@ -241,8 +239,7 @@ def write_pair(data: bytes, stem: str, output: Path, find_mask: Callable, find_f
     cannot be used.
     """
     image = utkface.decode_image(data, max_pixels=utkface.MAX_PIXELS * (2 if find_face else 1))
-    is_tiff = data.startswith((b"II*\0", b"MM\0*"))
-    notes = ["pages"] if is_tiff and Image.open(io.BytesIO(data)).n_frames > 1 else []
+    notes = ["pages"] if utkface.page_count(data) > 1 else []
     if find_face:
         image = find_face(image)
     elif not looks_like_a_crop(image):

@@ -16,8 +16,9 @@ import json
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
@@ -30,19 +31,18 @@ import torch
 from PIL import Image
 
 import cli
-from cli import UserError, atomic_path, progress, write_csv
+import drawing
+from cli import UserError
 from common import infer, load_model, to_input
 from devices import autocast, choose_device, choose_precision
-from drawing import VIDEOS, draw_faces, is_own, label, open_video, output_path, overlay_path, write_picture
 from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, find_crops, open_detector, place_mask
-from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, resize, walk_files
+from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, page_count, resize, walk_files
 
 AGES = ("predicted_age", "age_low", "age_high")
 RELEASED = "weights/age_multitask.pt"
-READABLE = (
-    24  # pixels of the longer side of a face's box below which its age cannot be read (docs/model_card.md)
-)
+READABLE = 24  # pixels of a face's longer side, below which its age cannot be read (docs/model_card.md)
 MAX_PIXELS = 100_000_000  # of a photograph, which takes 0.7 GB while its faces are found
+CHUNK = 8  # pictures read while those before are scored
 SUFFIXES = {  # what the decoder reads, where Pillow and OpenCV were built with it
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
     ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -64,7 +64,7 @@ class Loaded:
     detect: Callable | None
     name: str
     sha256: str
-    process: int = field(default_factory=os.getpid)
+    process: int
 
     def __setstate__(self, state):
         self.__dict__ = state | {"process": os.getpid()}
@@ -99,16 +99,17 @@ def load(
 ) -> Loaded:  # fmt: skip
     """A model written by finetune.py and, unless `aligned`, a detector of faces.
 
-    aligned: each picture is one face crop, as in UTKFace. detector: an ONNX file of YuNet, by default
-    OpenCV's, which is downloaded once; min_score and min_face say what it counts as a face, as in
+    aligned: each picture is one face crop, as in UTKFace. The rest of the detector's arguments are those of
     `open_detector`. Raises UserError if a file is missing or is anything else.
     """
+    if aligned and detector:
+        raise UserError("--aligned and --detector contradict each other: give one")
     device = choose_device(device)
     model, content = load_model(checkpoint, device)
     digest = hashlib.sha256(cli.shipped(checkpoint).read_bytes()).hexdigest()
     detect = None if aligned else open_detector(detector, min_score, min_face)
     dtype, side = choose_precision(precision, device), content["preprocessing"]["image_size"]
-    return Loaded(model, side, device, dtype, detect, Path(checkpoint).name, digest)
+    return Loaded(model, side, device, dtype, detect, Path(checkpoint).name, digest, os.getpid())
 
 
 def outputs(model, images) -> dict:
@@ -122,18 +123,19 @@ def outputs(model, images) -> dict:
     if answers.ages is not None:
         limits = torch.tensor(list(AGE_GROUPS.values()), dtype=torch.float32, device=images.device)  # 6×2
         first, last = limits[answers.group_logits.argmax(dim=1)].unbind(dim=1)  # B each
-        said |= zip(AGES, (answers.ages.clamp(first, last), answers.age_low, answers.age_high))
+        said["predicted_age"] = answers.ages.clamp(first, last)
+        said["age_low"], said["age_high"] = answers.age_low, answers.age_high
     if answers.mask_logits is not None:
         said["masks"] = answers.mask_logits.float().sigmoid()
     return said
 
 
 @torch.inference_mode()
-def score(loaded, squares, batch_size=32) -> list[dict]:
+def score(loaded, crops, batch_size=32) -> list[dict]:
     """The `outputs` for each of N crops, uint8 RGB (S, S, 3) with S the model's image size, as float32."""
     scores = []
-    for start in range(0, len(squares), batch_size):
-        batch = torch.from_numpy(np.stack(squares[start : start + batch_size]))  # B×S×S×3
+    for start in range(0, len(crops), batch_size):
+        batch = torch.from_numpy(np.stack(crops[start : start + batch_size]))  # B×S×S×3
         with autocast(loaded.device, loaded.dtype):
             said = outputs(loaded.model, to_input(batch, loaded.device))
         said = {name: values.float().cpu().numpy() for name, values in said.items()}
@@ -141,24 +143,21 @@ def score(loaded, squares, batch_size=32) -> list[dict]:
     return scores
 
 
+def cut_faces(loaded, image):
+    """The `Crop`s of a picture, uint8 RGB (H, W, 3), at the size that the model takes."""
+    crops = find_crops(image, loaded.detect)
+    return [crop._replace(pixels=resize(crop.pixels, loaded.image_size)) for crop in crops]
+
+
 def describe(crop, said, shape, masks=True) -> Prediction:
     """The `Prediction` for a `Crop` of a picture of `shape`, of which `score` says `said`."""
-    p, mask = said["probabilities"], said.get("masks")
+    chances = said["probabilities"]
+    group = GROUP_NAMES[chances.argmax()]
     years = [float(said[name]) if name in said else None for name in AGES]
     too_small = crop.score is not None and max(crop.box[2:]) < READABLE
-    mask = None if mask is None or not masks else mask[0]
-    return Prediction(
-        GROUP_NAMES[p.argmax()],
-        p,
-        *years,
-        crop.box,
-        crop.score,
-        crop.landmarks,
-        too_small,
-        mask,
-        crop.warp,
-        shape,
-    )
+    mask = said["masks"][0] if masks and "masks" in said else None
+    found = crop.box, crop.score, crop.landmarks
+    return Prediction(group, chances, *years, *found, too_small, mask, crop.warp, shape)
 
 
 def predict(loaded, image, masks=True) -> list[Prediction]:
@@ -183,8 +182,8 @@ def predict(loaded, image, masks=True) -> list[Prediction]:
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < MIN_SIDE:
         raise ValueError(f"not a uint8 (H, W, 3) of {MIN_SIDE} or more a side: {image.dtype} {image.shape}")
-    crops = find_crops(image, loaded.detect)
-    scores = score(loaded, [resize(crop.pixels, loaded.image_size) for crop in crops])
+    crops = cut_faces(loaded, image)
+    scores = score(loaded, [crop.pixels for crop in crops])
     return [describe(crop, said, image.shape, masks) for crop, said in zip(crops, scores)]
 
 
@@ -192,27 +191,19 @@ def predict(loaded, image, masks=True) -> list[Prediction]:
 # Many pictures
 # ------------------------------------------------------------------------------------------------------------
 
-CHUNK = 8  # pictures read while those before are scored
-
 
 @dataclass
 class Picture:
-    """A photograph or a frame of a video, from its `path`, and what is found in it.
-
-    source: where its pixels are, a path, bytes of a file, or RGB (H, W, 3). frame, second: its place in a
-    video; rate: how many frames of that are looked at for each second. shape: (H, W, 3). reason: why `faces`
-    is empty.
-    """
+    """A photograph or a frame of a video, and what is found in it."""
 
     path: Path
-    source: Path | bytes | np.ndarray
-    frame: int | None = None
+    source: Path | bytes | np.ndarray  # of its pixels: a file, a file's bytes, or RGB (H, W, 3)
+    frame: int | None = None  # of a video
     second: float | None = None
-    rate: float | None = None
-    shape: tuple | None = None
-    reason: str | None = None
+    rate: float | None = None  # frames of the video looked at in each second
+    shape: tuple | None = None  # (H, W, 3)
+    reason: str | None = None  # why `faces` is empty
     crops: list = field(default_factory=list)
-    squares: list = field(default_factory=list)
     faces: list[Prediction] = field(default_factory=list)
 
 
@@ -222,45 +213,40 @@ def list_pictures(inputs, leave_out):
     Files are taken as they are; folders are searched, but for those in `leave_out`. What is passed over there
     is counted and named on stderr.
     """
-    paths, unreadable = [], {}
-    passed = {
-        "files that are no pictures": [],
-        "face masks": [],
-        "pictures drawn by an earlier run": [],
-    }
-    others, masks, own = passed.values()
+    paths, unreadable, passed = [], {}, defaultdict(list)
     for top in map(Path, inputs):
-        if top.is_dir():
-            files, broken = walk_files(top, leave_out)
-            unreadable |= broken
-            names, pictures = set(files), []
-            for file in files:
-                is_mask = file.name.endswith("_mask.png")
-                if is_mask and file.with_name(f"{file.name[:-9]}_image.png") in names:
-                    masks.append(file)
-                elif file.suffix.lower() not in SUFFIXES:
-                    others.append(file)
-                else:
-                    (own if is_own(file) else pictures).append(file)
-            if not pictures:
-                reasons = "".join(f" ({path}: {reason})" for path, reason in list(broken.items())[:1])
-                raise UserError(f"{top} holds no picture{reasons}: name pictures, or a folder of them")
-            paths += pictures
-        elif top.exists():
-            paths.append(top)
-        else:
+        if not top.exists():
             raise UserError(f"{top} is not there: name pictures, or a folder of them")
-    named = [as_text(path) for path in others + masks + own]
-    if named:
-        counts = ", ".join(f"{len(files)} {what}" for what, files in passed.items())
-        print(f"passed over {counts}: {', '.join(named[:3])}" + ", …" * (len(named) > 3), file=sys.stderr)
+        if not top.is_dir():
+            paths.append(top)
+            continue
+        files, broken = walk_files(top, leave_out)
+        unreadable |= broken
+        kinds = [kind_of_file(file) for file in files]
+        if "photographs" not in kinds:
+            reasons = "".join(f" ({path}: {reason})" for path, reason in list(broken.items())[:1])
+            raise UserError(f"{top} holds no picture{reasons}: name pictures, or a folder of them")
+        for file, kind in zip(files, kinds):
+            (paths if kind == "photographs" else passed[kind]).append(file)
+    for kind, files in passed.items():
+        names = ", ".join(map(as_text, files[:3])) + (", …" if len(files) > 3 else "")
+        print(f"passed over {len(files)} {kind}: {names}", file=sys.stderr)
     return list({os.path.abspath(path): path for path in paths}.values()), unreadable  # each once
+
+
+def kind_of_file(file):
+    """What a file found in a folder is taken for, in the plural."""
+    if file.name.endswith("_mask.png") and Path(str(file)[:-9] + "_image.png").exists():
+        return "face masks"
+    if file.suffix.lower() not in SUFFIXES:
+        return "files that are no pictures"
+    return "pictures drawn by an earlier run" if drawing.is_own(file) else "photographs"
 
 
 def open_pictures(paths, every) -> Iterator[Picture]:
     """Yields a `Picture`, not yet read, for each path, and one for every N-th frame of a video."""
     for path in paths:
-        if path.suffix.lower() in VIDEOS:
+        if path.suffix.lower() in drawing.VIDEOS:
             yield from open_frames(path, every)
         else:  # a pipe can be read only once
             yield Picture(path, path.read_bytes() if cli.is_special(path) else path)
@@ -283,48 +269,46 @@ def open_frames(path, every) -> Iterator[Picture]:
         yield Picture(path, path, reason=f"breaks off after {frame} of {count} frames")
 
 
-def read_picture(source):
-    """Pixels, uint8 RGB (H, W, 3), of a `Picture`'s source; raises ValueError or OSError."""
-    if isinstance(source, np.ndarray):
-        return source
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    return cv2.cvtColor(decode_image(data, max_pixels=MAX_PIXELS), cv2.COLOR_BGR2RGB)
+def read_picture(picture, say_pages=False):
+    """Pixels, uint8 RGB (H, W, 3), of a `Picture`; raises ValueError or OSError.
+
+    say_pages: names on stderr a file of several pages, of which the first is read.
+    """
+    data = picture.source
+    if isinstance(data, np.ndarray):
+        return data
+    data = data if isinstance(data, bytes) else data.read_bytes()
+    image = cv2.cvtColor(decode_image(data, max_pixels=MAX_PIXELS), cv2.COLOR_BGR2RGB)
+    pages = page_count(data) if say_pages else 1
+    if pages > 1:
+        print(f"{as_text(picture.path)}: the first of {pages} pages is read", file=sys.stderr)
+    return image
 
 
 def read_faces(loaded, picture) -> Picture:
     """Reads a picture and cuts its faces out, or gives it the reason why there are none."""
-    if picture.reason:
-        return picture
-    try:
-        image = read_picture(picture.source)
-    except (ValueError, OSError) as error:
-        picture.reason = getattr(error, "strerror", None) or str(error)
-        return picture
-    if Path(picture.path).suffix.lower() in (".tif", ".tiff"):
-        with suppress(Exception), Image.open(picture.path) as header:
-            if header.n_frames > 1:
-                print(
-                    f"{as_text(picture.path)}: the first of {header.n_frames} pages is read", file=sys.stderr
-                )
-    crops = find_crops(image, loaded.detect)
-    picture.shape, picture.reason = image.shape, None if crops else "no face found"
-    picture.squares = [resize(crop.pixels, loaded.image_size) for crop in crops]
-    picture.crops = [crop._replace(pixels=None) for crop in crops]  # lest a chunk's photographs stay
+    if picture.reason is None:
+        try:
+            image = read_picture(picture, say_pages=True)
+        except (ValueError, OSError) as error:
+            picture.reason = getattr(error, "strerror", None) or str(error)
+        else:
+            picture.shape, picture.crops = image.shape, cut_faces(loaded, image)
+            picture.reason = None if picture.crops else "no face found"
     return picture
 
 
 def score_pictures(pictures, loaded, workers, total=None) -> Iterator[Picture]:
     """Yields the pictures of an iterator with their `faces`; threads read the next meanwhile."""
     read = partial(read_faces, loaded)
-    with ThreadPool(max(workers, 1)) as pool, progress(desc="faces", total=total, unit=" pictures") as bar:
-
-        def start_reading():
-            return pool.map_async(read, list(islice(pictures, CHUNK)), 1)
-
-        coming = start_reading()
+    with (
+        ThreadPool(max(workers, 1)) as pool,
+        cli.progress(desc="faces", total=total, unit=" pictures") as bar,
+    ):
+        coming = pool.map_async(read, list(islice(pictures, CHUNK)), 1)
         while chunk := coming.get():
-            coming = start_reading()
-            scores = iter(score(loaded, [square for picture in chunk for square in picture.squares]))
+            coming = pool.map_async(read, list(islice(pictures, CHUNK)), 1)
+            scores = iter(score(loaded, [crop.pixels for picture in chunk for crop in picture.crops]))
             for picture in chunk:
                 picture.faces = [describe(crop, next(scores), picture.shape) for crop in picture.crops]
                 yield picture
@@ -352,8 +336,7 @@ def table_rows(picture, loaded):
     for i, face in enumerate(picture.faces):
         row = about | {"face": i, "group": face.group, "box": list(face.box), "score": face.score}
         row |= {name: getattr(face, name) for name in (*AGES, "too_small")}
-        chances = [round(float(chance), 6) for chance in face.probabilities]
-        row["probabilities"] = dict(zip(GROUP_NAMES, chances))
+        row["probabilities"] = dict(zip(GROUP_NAMES, face.probabilities.astype(float).round(6).tolist()))
         if face.landmarks is not None:
             row["landmarks"] = dict(zip(LANDMARK_NAMES, face.landmarks.round(1).tolist()))
         rows.append(row)
@@ -365,41 +348,13 @@ def flatten_row(row):
     flat = {name: row.get(name) for name in ("file", "frame", "second", "face")}
     flat |= dict(zip(("x", "y", "width", "height"), row.get("box", [None] * 4)))
     flat |= {name: row.get(name) for name in ("group", *AGES)}
-    for group, name in enumerate(GROUP_NAMES):
-        flat[f"p{group}"] = row.get("probabilities", {}).get(name)
+    chances = row.get("probabilities", {})
+    flat |= {f"p{group}": chances.get(name) for group, name in enumerate(GROUP_NAMES)}
     flat |= {name: row.get(name) for name in ("too_small", "reason", "score")}
     for name in LANDMARK_NAMES:
         flat[f"{name}_x"], flat[f"{name}_y"] = row.get("landmarks", {}).get(name, (None, None))
     flat["picture_width"], flat["picture_height"] = row["picture"] or (None, None)
     return flat | {"model": row["model"]["name"], "model_sha256": row["model"]["sha256"]}
-
-
-def write_json(path, rows):
-    """Writes the rows of `table_rows` as JSON."""
-    with atomic_path(path, sync=True) as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-
-
-def print_table(rows):
-    """Prints a line a face."""
-    names = [row["file"] + ("" if row["frame"] is None else f" {row['second']:.2f} s") for row in rows]
-    width = max(map(len, names))
-    print(
-        f"{'':{width}}  face  {'group':12}   age       80 %" + "".join(f"{name:>13}" for name in GROUP_NAMES)
-    )
-    for name, row in zip(names, rows):
-        age, low, high = (row[name] for name in AGES)
-        age, years = ("", "") if age is None else (f"{age:.0f}", f"{low:.0f}-{high:.0f}")
-        if row["too_small"]:
-            age, years = "?", "too small"
-        chances = "".join(f"{chance:>13.1%}" for chance in row["probabilities"].values())
-        print(f"{name:{width}}  {row['face']:4}  {row['group']:12} {age:>5}  {years:>9}{chances}")
-
-
-def draw_overlay(picture):
-    """A scored picture with its faces and what is said of them, as a PIL picture."""
-    image = read_picture(picture.source)  # decoded again: a chunk of photographs would fill the memory
-    return draw_faces(image, picture.faces, [label(face) for face in picture.faces])
 
 
 @contextmanager
@@ -413,22 +368,28 @@ def others_go_on(failed):
 
 def write_drawings(pictures, masks, overlay, top, failed) -> Iterator[Picture]:
     """Passes scored pictures on and writes what belongs into the folders `masks` and `overlay`, if given."""
-    for path, same in groupby(pictures, key=lambda picture: picture.path):  # a video's frames together
-        place, append = overlay and overlay_path(path, overlay, top), None
-        with others_go_on(failed), ExitStack() as video:
+    with ExitStack() as video:
+        for path, same in groupby(pictures, key=lambda picture: picture.path):  # a video's frames together
+            place, append = overlay and drawing.overlay_path(path, overlay, top), None
             for picture in same:
+                number = "" if picture.frame is None else f"_{picture.frame:06}"
                 for i, face in enumerate(picture.faces if masks else []):
-                    number = "" if picture.frame is None else f"_{picture.frame:06}"
                     with others_go_on(failed):
                         mask = Image.fromarray(face.mask.astype(np.uint8) * 255)
-                        write_picture(output_path(path, masks, top, f"{number}_{i}_mask.png"), mask)
+                        name = drawing.output_path(path, masks, top, f"{number}_{i}_mask.png")
+                        drawing.write_picture(name, mask)
                 with others_go_on(failed):
-                    if overlay and picture.rate:
-                        append = append or video.enter_context(open_video(place, picture.rate))
-                        append(draw_overlay(picture))
-                    elif overlay and picture.faces:
-                        write_picture(place, draw_overlay(picture))
+                    if overlay and (picture.rate or picture.faces):
+                        image = read_picture(picture)  # again: a chunk of photographs would fill the memory
+                        drawn = drawing.draw_faces(image, picture.faces, map(drawing.label, picture.faces))
+                        if picture.rate:
+                            append = append or video.enter_context(drawing.open_video(place, picture.rate))
+                            append(drawn)
+                        else:
+                            drawing.write_picture(place, drawn)
                 yield picture
+            with others_go_on(failed):
+                video.close()  # the video takes its place
 
 
 def choose_checkpoint(named):
@@ -440,32 +401,43 @@ def choose_checkpoint(named):
 
 def check_outputs(args, paths, top):
     """UserError if an output cannot be written, or would replace another one or an input."""
-    files = [(flag, getattr(args, flag)) for flag in ("csv", "json") if getattr(args, flag)]
-    for flag, path in files:
-        cli.check_output(f"--{flag}", path)
-    for flag in ("overlay", "masks"):
-        if getattr(args, flag):
-            cli.check_writable(f"--{flag}", getattr(args, flag))
+    outputs = [("--csv", args.csv), ("--json", args.json)]
+    for flag, path in outputs:
+        if path:
+            cli.check_output(flag, path)
+    for flag, folder in (("--overlay", args.overlay), ("--masks", args.masks)):
+        if folder:
+            cli.check_writable(flag, folder)
     if args.overlay:
-        files += [("overlay", overlay_path(path, args.overlay, top)) for path in paths]
+        outputs += [("--overlay", drawing.overlay_path(path, args.overlay, top)) for path in paths]
     taken = {os.path.realpath(path): "the pictures" for path in paths}
     taken |= {os.path.realpath(path): path for path in (args.checkpoint, args.detector) if path}
-    for flag, path in files:
-        place = os.path.realpath(path)
-        if place in taken and not cli.is_special(Path(path)):
-            raise UserError(f"--{flag} {path} would replace {taken[place]}: name another place")
-        taken[place] = f"what --{flag} writes"
+    for flag, path in outputs:
+        if path and not cli.is_special(Path(path)):
+            place = os.path.realpath(path)
+            if place in taken:
+                raise UserError(f"{flag} {path} would replace {taken[place]}: name another place")
+            taken[place] = f"what {flag} writes"
+
+
+def add_model_flags(parser):
+    """Adds the flags that say which model and which detector there are, and where the model runs."""
+    # fmt: off
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
+    add("--aligned", action="store_true",
+        help="each picture is one face crop as in UTKFace: find no faces; not with --detector")
+    add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
+    # fmt: on
+    cli.add_device_flags(parser)
 
 
 def get_parser():
     parser = cli.script_parser("predict", __doc__)
-    add = parser.add_argument
     # fmt: off
+    add = parser.add_argument
     add("inputs", nargs="*", metavar="PICTURE", help="pictures, folders of them, and videos")
-    add("--aligned", action="store_true",
-        help="each picture is one face crop as in UTKFace: find no faces; not with --detector")
-    add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
-    add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
+    add_model_flags(parser)
     add("--detector-score", metavar="S", type=cli.number(float, 0, 1), default=MIN_SCORE,
         help="how sure the detector must be of a face, 0 to 1")
     add("--min-face", metavar="N", type=cli.number(int, 10), default=MIN_FACE,
@@ -476,16 +448,14 @@ def get_parser():
     add("--overlay", metavar="DIR", help="folder for pictures with faces, groups and ages drawn in")
     add("--masks", metavar="DIR", help="folder for the face masks, as PNG of 0 and 255")
     # fmt: on
-    cli.add_device_flags(parser)
     return parser
 
 
 def main(args):
     if not args.inputs:
         raise UserError("nothing to do: name pictures, videos, or a folder (-h explains)")
-    if args.aligned and args.detector:  # here, since either may stand in a YAML
-        raise UserError("--aligned and --detector contradict each other: give one")
-    paths, unreadable = list_pictures(args.inputs, [path for path in (args.overlay, args.masks) if path])
+    folders = [folder for folder in (args.overlay, args.masks) if folder]
+    paths, unreadable = list_pictures(args.inputs, folders)
     top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     check_outputs(args, paths, top)
     loaded = load(
@@ -493,37 +463,39 @@ def main(args):
         args.detector_score, args.min_face,
     )  # fmt: skip
     if args.masks and loaded.model.decoder is None:
-        raise UserError(
-            f"--masks: {loaded.name} has learned no masks; train one with finetune.py --multitask"
-        )
+        raise UserError(f"--masks: {loaded.name} has learned none; train with finetune.py --multitask")
 
-    failed, rows = [], []
+    rows, lines, failed, pictures = [], [], [], 0
     for path, reason in unreadable.items():
         rows += table_rows(Picture(path, path, reason=reason), loaded)
-    total = None if any(path.suffix.lower() in VIDEOS for path in paths) else len(paths)
+    total = None if any(path.suffix.lower() in drawing.VIDEOS for path in paths) else len(paths)
     scored = score_pictures(open_pictures(paths, args.every), loaded, args.workers, total)
     for picture in write_drawings(scored, args.masks, args.overlay, top, failed):
         rows += table_rows(picture, loaded)
-    written = [folder for folder in (args.overlay, args.masks) if folder]
-    for path, write in ((args.csv, write_csv), (args.json, write_json)):
-        with others_go_on(failed):
-            if path:
-                write(path, rows if write is write_json else [flatten_row(row) for row in rows])
-                written.append(path)
+        name = as_text(picture.path) + ("" if picture.frame is None else f" {picture.second:.2f} s")
+        lines += [f"{name}, face {i}: {drawing.label(face)}" for i, face in enumerate(picture.faces)]
+        pictures += bool(picture.faces)
+    written = folders
+    with others_go_on(failed):
+        if args.csv:
+            cli.write_csv(args.csv, list(map(flatten_row, rows)))
+            written.append(args.csv)
+    with others_go_on(failed):
+        if args.json:
+            with cli.atomic_path(args.json, sync=True) as temporary:
+                temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            written.append(args.json)
 
-    faces = [row for row in rows if row["reason"] is None]
-    skipped = [row for row in rows if row["reason"] is not None]
+    skipped = [row for row in rows if row["reason"]]
     for row in skipped:
         if row["frame"] is None:
             print(f"skipped {row['file']}: {row['reason']}", file=sys.stderr)
-    if not faces:
+    if not lines:
         hint = "" if args.aligned else "; if each is one face crop, give --aligned"
         raise UserError(f"none of {len(rows)} pictures holds a face that can be read{hint}")
-    print_table(faces)
-    pictures = len({(row["file"], row["frame"]) for row in faces})
     named = f"; written: {', '.join(written)}" if written else ""
-    print(f"{len(faces)} faces in {pictures} pictures, {len(skipped)} skipped{named}")
-    for reason in failed:
+    print(*lines, f"{len(lines)} faces in {pictures} pictures, {len(skipped)} skipped{named}", sep="\n")
+    for reason in dict.fromkeys(failed):  # each once, not once a frame
         print(f"failed: {reason}", file=sys.stderr)
     if failed:
         sys.exit(1)

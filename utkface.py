@@ -185,6 +185,17 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
     return image
 
 
+def page_count(data: bytes) -> int:
+    """How many pages an encoded TIFF has, of which `decode_image` reads the first; 1 for what is no TIFF."""
+    if not data.startswith((b"II*\0", b"MM\0*")):
+        return 1
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.n_frames
+    except Exception:  # what Pillow raises depends on where the chain of pages breaks
+        return 1
+
+
 def flatten(picture: Image.Image, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
     """A PIL image, upright as its EXIF says, as `decode_image` returns it."""
     picture = ImageOps.exif_transpose(picture)

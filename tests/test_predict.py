@@ -96,14 +96,15 @@ def test_says_what_evaluate_would_say(drawn, model, tmp_path, cli):
     expected = score_dataset(loaded.model, dataset, loaded.device)
     files = ["--csv", "f.csv", "--json", "f.json"]
     code, out, err = cli("predict", "in", "--checkpoint", model, *files, *ALIGNED, cwd=tmp_path)
-    assert code == 0 and f"model: {model}" in out and "Middle-aged" in out
-    assert err.count("\n") == 1 and f"0 files that are no pictures, {len(dataset)} face masks" in err
+    assert code == 0 and f"model: {model}" in out
+    assert err.count("\n") == 1 and f"passed over {len(dataset)} face masks: " in err
     rows = read(tmp_path / "f.csv")
     assert [row["file"] for row in rows] == [f"in/{face.stem}_image.png" for face in dataset.faces]
     for row, logits, age, low, high in zip(rows, *expected[:4]):
         found = torch.tensor([float(row[f"p{group}"]) for group in range(6)])
         assert torch.allclose(found, logits.softmax(0), atol=2e-5)
         assert row["group"] == GROUP_NAMES[logits.argmax()]
+        assert f"{row['file']}, face 0: {row['group']} {100 * logits.softmax(0).max():.0f} %, about" in out
         first, last = AGE_GROUPS[row["group"]]
         assert float(row["predicted_age"]) == pytest.approx(min(max(age.item(), first), last), abs=0.02)
         assert [float(row["age_low"]), float(row["age_high"])] == [low, high]
@@ -125,7 +126,7 @@ def test_a_model_of_groups_alone_has_no_age(drawn, plain, tmp_path, cli, refuse,
     (face,) = predict.predict(predict.load(plain, aligned=True, device="cpu"), Image.open(a_face(drawn)))
     assert face.predicted_age is None and face.mask is None
     flags = ["--checkpoint", plain, "--masks", tmp_path / "m", *ALIGNED]
-    refuse("predict", a_face(drawn), *flags, words=["--masks", "has learned no masks"])
+    refuse("predict", a_face(drawn), *flags, words=["--masks", "has learned none"])
 
 
 def spy_texts(monkeypatch):
@@ -219,10 +220,7 @@ def test_a_folder_gives_all_that_the_decoder_reads(model, tmp_path, cli):
     code, _, err = cli("predict", "in", *flags, cwd=tmp_path)
     lines = err.splitlines()
     assert code == 0 and lines[1:] == ["skipped in/broken.jfif: unreadable image"]
-    assert lines[0] == (
-        "passed over 2 files that are no pictures, 0 face masks, 0 pictures drawn by an earlier run: "
-        "in/broken.heic, in/notes.txt"
-    )
+    assert lines[0] == "passed over 2 files that are no pictures: in/broken.heic, in/notes.txt"
     assert {row["file"] for row in read(tmp_path / "f.csv")} == {*known, "in/broken.jfif"}
     assert {".jpg", ".jpe", ".jfif", ".tiff", ".gif", ".webp", ".jp2"} <= {Path(x).suffix for x in known}
 
@@ -284,6 +282,9 @@ def test_links_pipes_pages_and_what_cannot_be_read(model, tmp_path, cli):
     for name in ("in/a.png", "elsewhere/b.png", "in/@eaDir/a.png"):
         face.save(tmp_path / name)
     face.save(tmp_path / "in/pages.tif", save_all=True, append_images=[face, face])
+    whole = (tmp_path / "in/pages.tif").read_bytes()
+    (tmp_path / "in/pages.bmp").write_bytes(whole)  # a TIFF whatever it is called
+    (tmp_path / "in/cut.tif").write_bytes(whole[: len(whole) * 2 // 3])  # its chain of pages leads nowhere
     (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in/circle").symlink_to(tmp_path / "in")
     (tmp_path / "in/gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -295,12 +296,26 @@ def test_links_pipes_pages_and_what_cannot_be_read(model, tmp_path, cli):
     flags = ["--checkpoint", model, *ALIGNED, "--csv", "f.csv", "--overlay", "o"]
     code, out, err = cli("predict", "in", "pipe", *flags, cwd=tmp_path)
     sender.join()
-    assert code == 0 and "4 faces in 4 pictures, 1 skipped" in out
-    assert "in/pages.tif: the first of 3 pages is read" in err
-    assert "skipped in/gone.png: No such file" in err and err.count("\n") == 2
+    assert code == 0 and "6 faces in 6 pictures, 1 skipped" in out
+    for name in ("in/pages.tif", "in/pages.bmp"):
+        assert f"{name}: the first of 3 pages is read" in err
+    assert "skipped in/gone.png: No such file" in err and err.count("\n") == 3
     found = [row["file"] for row in read(tmp_path / "f.csv") if not row["reason"]]
-    assert sorted(found) == ["in/a.png", "in/linked/b.png", "in/pages.tif", "pipe"]
+    names = ["a.png", "cut.tif", "linked/b.png", "pages.bmp", "pages.tif"]
+    assert sorted(found) == [*(f"in/{name}" for name in names), "pipe"]
     assert (tmp_path / "o/pipe.png").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_fault_in_scoring_is_no_drawing_that_failed(model, tmp_path, cli, monkeypatch, error):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+
+    def broken(*_):
+        raise error("no kernel")
+
+    monkeypatch.setattr(predict, "score", broken)
+    with pytest.raises(error, match="no kernel"):
+        cli("predict", "a.png", "--checkpoint", model, *ALIGNED, "--overlay", "o", cwd=tmp_path)
 
 
 def test_photographs_do_not_pile_up(model, tmp_path, cli, monkeypatch):
@@ -312,8 +327,8 @@ def test_photographs_do_not_pile_up(model, tmp_path, cli, monkeypatch):
         face.save(tmp_path / f"in/{i:02}.png")
     live, most, lock, read = set(), [0], threading.Lock(), predict.read_picture
 
-    def spy(source):
-        image = read(source)
+    def spy(*args, **options):
+        image = read(*args, **options)
         with lock:
             live.add(id(image))
             most[0] = max(most[0], len(live))

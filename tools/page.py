@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
+import predict
 from cli import UserError
 from drawing import COLORS, draw_faces
 from predict import Picture, choose_checkpoint, load, read_picture, score_pictures
@@ -66,7 +67,7 @@ def answer(data, loaded):
     (picture,) = score_pictures(iter([Picture(Path("upload"), data or b"")]), loaded, 1)
     if picture.reason:
         return f"<p>This picture cannot be used: {html.escape(picture.reason)}.</p>"
-    image, numbers = read_picture(picture.source), range(1, len(picture.faces) + 1)
+    image, numbers = read_picture(picture), range(1, len(picture.faces) + 1)
     drawn = np.asarray(draw_faces(image, picture.faces, map(str, numbers), max(13, image.shape[1] // PHONE)))
     scale = min(1, LONGEST / max(drawn.shape))
     small = cv2.resize(drawn, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -118,19 +119,14 @@ def get_parser():
     parser = cli.script_parser("page", __doc__)
     # fmt: off
     add = parser.add_argument
-    add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
-    add("--aligned", action="store_true", help="pictures are face crops as in UTKFace: find no faces")
-    add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
+    predict.add_model_flags(parser)
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", metavar="N", type=cli.number(int, 1, 65535), default=7860, help="port to listen on")
     # fmt: on
-    cli.add_device_flags(parser)
     return parser
 
 
 def main(args):
-    if args.aligned and args.detector:  # here, since either may stand in a YAML
-        raise UserError("--aligned and --detector contradict each other: give one")
     checkpoint = choose_checkpoint(args.checkpoint)
     serve(load(checkpoint, args.detector, args.aligned, args.device, args.precision), args.host, args.port)
 
