@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,31 +52,28 @@ class Evaluation:
     subgroups: list[dict] = field(default_factory=list)  # rows of subgroups.csv
 
     def __post_init__(self):
+        scores = self.scores
         self.groups = np.array([face.group for face in self.faces])  # true, int (N,)
-        self.probabilities = self.scores.logits.double().softmax(dim=1).numpy()  # N×6
+        self.probabilities = scores.logits.double().softmax(dim=1).numpy()  # N×6
         self.predicted, self.confidence = self.probabilities.argmax(axis=1), self.probabilities.max(axis=1)
         self.right = self.predicted == self.groups
         self.per_face = {  # the metrics that are means over faces: {metric: (N,)}
             "accuracy": self.right.astype(float),
             "within_one_group": (np.abs(self.predicted - self.groups) <= 1).astype(float),
         }
-        if self.scores.ages is not None:
-            self.per_face |= score_years(self.scores, self.faces)
-        if self.scores.mask_iou is not None:
-            self.per_face["mask_iou"] = self.scores.mask_iou.numpy()
-            self.per_face["mask_dice"] = self.scores.mask_dice.numpy()
-
-
-def score_years(scores, faces):
-    """The metrics of predicted years, {metric: (N,)}; errors count from the nearest year of a true range."""
-    true, spread = np.array([(face.age, face.spread) for face in faces]).T  # N each
-    ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
-    error = np.maximum(np.abs(ages - true) - spread, 0)
-    found = {"mae_years": error, "within_five_years": (error <= 5).astype(float), "range_width": high - low}
-    if not spread.any():  # a range tells no coverage
-        year = np.minimum(np.floor(true + 0.5), YEARS - 1)  # as the model learns it
-        found["range_coverage"] = ((low <= year) & (year <= high)).astype(float)
-    return found
+        if scores.ages is not None:
+            ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
+            true, spread = np.array([(face.age, face.spread) for face in self.faces]).T  # N each
+            error = np.maximum(np.abs(ages - true) - spread, 0)  # from the nearest year of a range
+            self.per_face["mae_years"] = error
+            self.per_face["within_five_years"] = (error <= 5).astype(float)
+            self.per_face["range_width"] = high - low
+            if not spread.any():  # a range tells no coverage
+                year = np.minimum(np.floor(true + 0.5), YEARS - 1)  # as the model learns it
+                self.per_face["range_coverage"] = ((low <= year) & (year <= high)).astype(float)
+        if scores.mask_iou is not None:
+            self.per_face["mask_iou"] = scores.mask_iou.numpy()
+            self.per_face["mask_dice"] = scores.mask_dice.numpy()
 
 
 def read_split_table(data, files):
@@ -86,13 +84,11 @@ def read_split_table(data, files):
     """
     path, rows = Path(data) / "split.csv", {}
     if path.is_file():
-        try:
+        with suppress(OSError, ValueError, KeyError, csv.Error):
             text = path.read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark, and semicolons
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
             table = csv.DictReader(text.splitlines(), delimiter=delimiter)
             rows = {row["file"]: (row["duplicate_of"] or row["file"], row["split"]) for row in table}
-        except (OSError, ValueError, KeyError, csv.Error):
-            pass
         if not rows.keys() & set(files):
             raise UserError(f"{path} is no table of these faces: run split.py again, or remove it")
     own = [rows.get(name, (name, "")) for name in files]
@@ -124,10 +120,8 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     seen = np.isin(clusters, clusters[learned | selected_on]) | near_train | near_val
     kept = one_group & ~seen if unseen else one_group
     if not kept.any():
-        raise UserError(
-            f"0 of {len(kept)} faces of {folder} remain for {path}: the range of ages of "
-            f"{(~one_group).sum()} crosses groups, and --unseen leaves out the others"
-        )
+        lost = f"the range of ages of {(~one_group).sum()} crosses groups, and --unseen leaves out the others"
+        raise UserError(f"0 of {len(kept)} faces of {folder} remain for {path}: {lost}")
     summary = {
         "n": int(kept.sum()),
         "left_out_across_groups": int((~one_group).sum()),
@@ -142,11 +136,6 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     scores = score_dataset(model, dataset, device, dtype)
     del checkpoint["weights"]  # a table keeps many
     return Evaluation(path, checkpoint, folder, dataset.faces, scores, clusters[kept], leaked[kept], summary)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Metrics and subgroups
-# ------------------------------------------------------------------------------------------------------------
 
 
 def score_subgroup(evaluation, at):
@@ -186,20 +175,13 @@ def score_subgroups(evaluation, seed=0):
         present = [name for name in names if name in labels]
         own = [score_subgroup(e, np.flatnonzero(labels == name)) for name in present]
         large = [(row["accuracy"], name) for name, row in zip(present, own) if not row["small"]]
-        p = ""
         if len(large) > 1:
             (least, lowest), (most, highest) = min(large), max(large)
             at = np.isin(labels, [name for _, name in large])
             p = metrics.gap_p_value(e.right[at], labels[at], e.clusters[at], seed)
-            gap = {
-                "by": by,
-                "highest": highest,
-                "lowest": lowest,
-                "difference": round(most - least, 6),
-                "p": p,
-            }
-            gaps.append(gap)
-        rows += [{"by": by, "subgroup": name, **row, "p_no_gap": p} for name, row in zip(present, own)]
+            difference = round(most - least, 6)
+            gaps.append({"by": by, "highest": highest, "lowest": lowest, "difference": difference, "p": p})
+        rows += [{"by": by, "subgroup": name} | row for name, row in zip(present, own)]
     return rows, gaps
 
 
@@ -287,7 +269,7 @@ def plot_subgroups(evaluation):
         axis.scatter(value, range(len(rows)), edgecolors=colors, facecolors=inside, zorder=2)
         axis.set(title=metric.replace("_", " "), ylim=(len(rows) - 0.5, -0.5))
         axis.xaxis.set_major_formatter("{x:.0%}")
-        axis.grid(alpha=0.3)
+        axis.grid(axis="y", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), [f"{row['subgroup']} ({row['n']})" for row in rows])
     figure.supxlabel(f"95 % intervals; dashed: all faces; hollow: fewer than {SMALL} faces", fontsize=9)
     return figure
@@ -349,10 +331,9 @@ def warn_of_seen(evaluation):
     """Warns of faces that the model was trained on, or that its epoch was selected on."""
     seen = {"seen_in_training": "was trained on", "chose_the_epoch": "had its epoch selected on"}
     for key, what in seen.items():
-        count, path = evaluation.summary[key], evaluation.path
-        if count:
-            faces = f"{count} of these {len(evaluation.faces)} faces"
-            print(f"warning: {path} {what} {faces}; --unseen leaves them out", file=sys.stderr)
+        if evaluation.summary[key]:
+            counts = f"{evaluation.summary[key]} of these {len(evaluation.faces)} faces"
+            print(f"warning: {evaluation.path} {what} {counts}; --unseen leaves them out", file=sys.stderr)
 
 
 def print_results(evaluation):
@@ -421,8 +402,7 @@ def main(args):
     write_results(scored, args.out)
     warn_of_seen(scored)
     print_results(scored)
-    names = "metrics.json, predictions.csv, confusion_matrix.png, subgroups.csv and .png, reliability.png"
-    print(f"{args.out} written: {names}, mistakes.png")
+    print(f"{args.out} written: metrics.json, predictions.csv, subgroups.csv and four figures")
 
 
 if __name__ == "__main__":

@@ -36,32 +36,24 @@ def score(probabilities, groups, weights, per_face):
     """Every metric of N faces under each of R weightings, in the order of `METRICS`: {metric: (R,)}.
 
     probabilities: (N, 6); groups: int (N,); weights: (R, N), how often each face counts; per_face: {metric:
-    (N,)}, averaged. AUC and AP average over the classes present in `groups`; AUC of one class is NaN.
+    (N,)}, averaged. Recall, AUC and AP average over the classes present in `groups`, F1 and precision over
+    those present there or predicted; AUC of one class is NaN.
     """
     weights = weights.astype(float)
-    values = rates(probabilities.argmax(axis=1), groups, weights)
-    areas = [rank_areas(probabilities[:, g], groups == g, weights) for g in range(len(GROUP_NAMES))]
-    present = weights @ np.eye(len(GROUP_NAMES))[groups] > 0  # R×6
-    auc, ap = np.stack(areas, axis=2).mean(axis=2, where=present)  # R each
-    values["auc_macro_ovr"] = np.where(present.sum(axis=1) > 1, auc, np.nan)
-    values["ap_macro"] = ap
-    values |= {name: weights @ column / weights.sum(axis=1) for name, column in per_face.items()}
-    return {name: values[name] for name in METRICS if name in values}
-
-
-def rates(predicted, groups, weights):
-    """Macro recall, F1 and precision of groups, int (N,) each, under each of R weightings: {metric: (R,)}.
-
-    Recall averages over the classes present in `groups`, the others over those present there or predicted.
-    """
-    matrix = confusion_matrix(predicted, groups, weights)  # R×true×predicted
+    matrix = confusion_matrix(probabilities.argmax(axis=1), groups, weights)  # R×true×predicted
     right, true, guessed = matrix.diagonal(0, 1, 2), matrix.sum(axis=2), matrix.sum(axis=1)  # R×6
-    either = true + guessed > 0
-    return {
-        "balanced_accuracy": (right / np.maximum(true, 1)).mean(axis=1, where=true > 0),
+    present, either = true > 0, true + guessed > 0
+    areas = [rank_areas(probabilities[:, g], groups == g, weights) for g in range(len(GROUP_NAMES))]
+    auc, ap = np.stack(areas, axis=2).mean(axis=2, where=present)  # R each
+    values = {
+        "balanced_accuracy": (right / np.maximum(true, 1)).mean(axis=1, where=present),
         "f1_macro": (2 * right / np.maximum(true + guessed, 1)).mean(axis=1, where=either),
         "precision_macro": (right / np.maximum(guessed, 1)).mean(axis=1, where=either),
+        "auc_macro_ovr": np.where(present.sum(axis=1) > 1, auc, np.nan),
+        "ap_macro": ap,
+        **{name: weights @ column / weights.sum(axis=1) for name, column in per_face.items()},
     }
+    return {name: values[name] for name in METRICS if name in values}
 
 
 def confusion_matrix(predicted, groups, weights):
@@ -89,7 +81,7 @@ def rank_areas(scores, positive, weights):
 def effective_faces(clusters):
     """How many unrelated faces N faces are worth: N² / Σ m², over the m faces of each cluster, int (N,).
 
-    Near-duplicates count once, being right or wrong together (Kish 1965, clusters of correlation 1).
+    Near-duplicates are right or wrong together (Kish 1965, clusters of correlation 1).
     """
     return len(clusters) ** 2 / (np.unique(clusters, return_counts=True)[1] ** 2).sum()
 
@@ -104,8 +96,7 @@ def wilson(share, count):
 def resample(clusters, resamples=RESAMPLES, seed=0):
     """How often each of N faces is drawn in each bootstrap resample: int16 (resamples, N).
 
-    clusters: int (N,), each drawn whole. The same clusters and seed give the same draws, so that models can
-    be compared face by face.
+    Clusters, int (N,), are drawn whole; by one seed alike, so that models can be compared face by face.
     """
     rng = np.random.default_rng(seed)
     names, index = np.unique(clusters, return_inverse=True)

@@ -275,7 +275,7 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
         for metric in ("accuracy", "balanced_accuracy"):
             ends = row[f"{metric}_low"], row[f"{metric}_high"]
             assert ends == pytest.approx((expected.low, expected.high), abs=1e-5)
-        assert row["within_one_group"] == (race != "Black") and row["p_no_gap"] < 0.01
+        assert row["within_one_group"] == (race != "Black")
         assert (row["range_coverage"], row["range_width"]) == (row["accuracy"], 9)
     right = [known.right[stem] for stem in known.right]
     for gender in (0, 1):

@@ -223,20 +223,24 @@ def make_table(many, folder):
 
 def get_parser():
     parser = cli.script_parser("table", __doc__)
-    # fmt: off
     add = parser.add_argument
     add("model", nargs="*", help="models written by finetune.py; without any, every row is trained")
     add("--data", default="dataset/processed_split", help="folder written by split.py")
     add("--split", choices=["train", "val", "test"], default="test", help="part to score")
     add("--results", default="results", help="folder for the table and the scores")
     add("--out", default="table", help="folder for the checkpoints that are trained")
-    add("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS,
-        help="where backbones start; view, age and rank are contrastive pretraining by these positives")
+    add(
+        "--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="start; the last three are pretraining"
+    )
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="with the mask or without")
     add("--lr-strategies", nargs="+", choices=LR_STRATEGIES, default=LR_STRATEGIES, help="learning rates")
-    add("--seeds", nargs="+", type=cli.number(int, low=0), default=[0, 1, 2],
-        help="seeds of both kinds of training; --seed is that of the bootstrap")
-    # fmt: on
+    add(
+        "--seeds",
+        nargs="+",
+        type=cli.number(int, low=0),
+        default=[0, 1, 2],
+        help="of training, not of --seed's bootstrap",
+    )
     cli.add_device_flags(parser, precision="auto")  # of the training
     return parser
 
