@@ -11,7 +11,6 @@ the data set, so keep it to yourself). tools/table.py compares several models.
 
 import csv
 import json
-import math
 import os
 import sys
 from contextlib import suppress
@@ -188,8 +187,7 @@ def score_subgroups(evaluation, seed=0):
 def measure(evaluation, seed):
     """Fills in the summary of an `Evaluation`, the draws of its metrics, and its subgroups."""
     e, effective = evaluation, metrics.effective_faces(evaluation.clusters)
-    weights = metrics.resample(e.clusters, seed=seed)
-    parts = np.array_split(weights, metrics.RESAMPLES // 50)  # of which each fits the memory
+    parts = np.split(metrics.resample(e.clusters, seed=seed), 20)  # each of which fits the memory
     bar = cli.progress(parts, "bootstrap")
     draws = [metrics.score(e.probabilities, e.groups, part, e.per_face) for part in bar]
     values = metrics.score(e.probabilities, e.groups, np.ones((1, len(e.faces))), e.per_face)
@@ -294,13 +292,12 @@ def plot_reliability(evaluation):
 
 
 def plot_mistakes(evaluation, count=40):
-    """The `count` wrong predictions of highest confidence with their labels."""
+    """The `count` (at most 40) wrong predictions of highest confidence with their labels."""
     e, wrong = evaluation, np.flatnonzero(~evaluation.right)
     chosen = wrong[np.argsort(-e.confidence[wrong], kind="stable")][:count]
-    rows = max(1, math.ceil(len(chosen) / 8))
-    figure = Figure(figsize=(14, 2.25 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(14, 11.75), layout="constrained")
     for place, i in enumerate(chosen, start=1):
-        axis = figure.add_subplot(rows, 8, place)
+        axis = figure.add_subplot(5, 8, place)
         axis.axis("off")
         axis.imshow(read_image(e.folder / f"{e.faces[i].stem}_image.png")[:, :, ::-1])
         true, taken = f"{GROUP_NAMES[e.groups[i]]} ({e.faces[i].age})", GROUP_NAMES[e.predicted[i]]

@@ -3,12 +3,12 @@
     python tools/table.py runs/*.pt --split val
     python tools/table.py                               # trains every row first; wants a GPU
     python tools/table.py --config configs/table_small.yaml --data dataset/study
-    python tools/table.py --weights random view --tasks multitask --seeds 0 1 2
 
 Without names it trains each row and seed into --out, by pretrain.py and finetune.py as you would by hand; the
-`pretrain:` and `finetune:` sections of --config are theirs. What is done is skipped, what was stopped goes on
-where it stood, and a row that cannot be trained is reported. Writes table.md to --results, and beside it a
-folder for each model with what evaluate.py writes, scored in fp32.
+`pretrain:` and `finetune:` sections of --config are theirs. --weights view, age and rank are pretraining by
+these positives; --seed is the bootstrap's. What is done is skipped, what was stopped goes on where it stood,
+and a row that cannot be trained is reported. Writes table.md to --results, and beside it a folder for each
+model with what evaluate.py writes, scored in fp32.
 """
 
 import os
@@ -114,10 +114,7 @@ def describe(checkpoint):
 
 
 def group_by_configuration(many):
-    """Sorts scored models into configurations: a list of (columns, runs), and the settings all share.
-
-    columns: the table's first ones, among them "Other settings" where the rest does not agree.
-    """
+    """Sorts scored models by configuration: [(the table's first columns, runs)], and what all share."""
     described = [(*describe(scored.checkpoint), scored) for scored in many]
     values = {}  # of each setting
     for key in sorted({key for _, settings, _ in described for key in settings}):
@@ -229,18 +226,10 @@ def get_parser():
     add("--split", choices=["train", "val", "test"], default="test", help="part to score")
     add("--results", default="results", help="folder for the table and the scores")
     add("--out", default="table", help="folder for the checkpoints that are trained")
-    add(
-        "--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="start; the last three are pretraining"
-    )
+    add("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="where backbones start")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="with the mask or without")
     add("--lr-strategies", nargs="+", choices=LR_STRATEGIES, default=LR_STRATEGIES, help="learning rates")
-    add(
-        "--seeds",
-        nargs="+",
-        type=cli.number(int, low=0),
-        default=[0, 1, 2],
-        help="of training, not of --seed's bootstrap",
-    )
+    add("--seeds", nargs="+", type=cli.number(int, 0), default=[0, 1, 2], help="seeds of both trainings")
     cli.add_device_flags(parser, precision="auto")  # of the training
     return parser
 
