@@ -279,7 +279,7 @@ def test_the_detector_is_downloaded_once_and_checked(detector, tmp_path, zoo, mo
         assert all(word in str(error.value) for word in words), error.value
         assert not opened
 
-    told = [faces.DETECTOR_URL, str(folder), "--aligned"]
+    told = [faces.DETECTOR_URL, str(folder), "--detector"]
     refused(*told, "404")  # it is not there
     files["/zoo/yunet.onnx"] = good[:-1] + b"x"
     refused(*told, "hash")  # it is another one
