@@ -4,6 +4,7 @@ What is written bears a mark, so that a later run does not take it for a photogr
 """
 
 import hashlib
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from utkface import GROUP_NAMES
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 MADE_BY, MARK = 0x0131, "predict.py"  # in EXIF's field for software
+# Of the groups, by Okabe & Ito 2008.
 COLORS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)]
 
 
@@ -34,10 +36,9 @@ def label(face):
 def draw_faces(image, faces, texts, size=None):
     """A PIL picture of pixels (H, W, 3) with box, outline of the mask and text at each of its faces.
 
-    Small ones are enlarged, so that the text can be read. Colours stand for groups (Okabe & Ito 2008). size:
-    of the letters, in pixels, where not the face decides.
+    size: of the letters, in pixels, by default in proportion to the face.
     """
-    scale = max(1, -(-360 // min(image.shape[:2])))
+    scale = math.ceil(360 / min(image.shape[:2]))  # small pictures are enlarged, so that texts can be read
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     line = max(2, round(min(canvas.shape[:2]) / 250))
     colors = [COLORS[GROUP_NAMES.index(face.group)] for face in faces]
@@ -61,11 +62,9 @@ def draw_faces(image, faces, texts, size=None):
         pad = letters // 2
         wide, high = right - left + 2 * pad + 2 * line, bottom - top + 2 * pad
         draw.rounded_rectangle((x, y, x + width, y + height), 2 * line, outline=color, width=line)
-        # Above the box or else below it; where neither is in the picture, within.
-        inside = y + height - high - 2 * line
-        below = y + height if y + height + high <= canvas.shape[0] else inside
-        x, y = x + 2 * line, y - high if y >= high else below
-        x, y = min(max(0, x), max(0, canvas.shape[1] - wide)), min(max(0, y), canvas.shape[0] - high)
+        x = max(0, min(x + 2 * line, canvas.shape[1] - wide))
+        below = min(y + height, canvas.shape[0] - high - 2 * line)  # within the box where that is large
+        y = y - high if y >= high else below
         draw.rounded_rectangle((x, y, x + wide, y + high), pad, fill=(20, 20, 20, 200))
         draw.rectangle((x + pad // 2, y + pad, x + pad // 2 + line, y + high - pad), fill=color)
         draw.text((x + pad + 2 * line - left, y + pad - top), text, font=font, fill=(255, 255, 255))

@@ -72,7 +72,7 @@ def quarter_turn(quarters, width, height):
 
 
 def move(faces, warp):
-    """Rows of YuNet's, (N, 15), moved by a map (2, 3) that turns by quarters at most."""
+    """Rows of YuNet's, (N, 15), moved by a map (2, 3); a box between its moved upper left and lower right."""
     first, last = apply(warp, faces[:, :2]), apply(warp, faces[:, :2] + faces[:, 2:4])
     landmarks = apply(warp, faces[:, 4:14].reshape(-1, 2)).reshape(-1, 10)
     return np.column_stack([np.minimum(first, last), np.abs(last - first), landmarks, faces[:, 14]])
@@ -90,15 +90,13 @@ def region(warp, shape):
 def cut(image, warp, side, border=cv2.BORDER_REPLICATE):
     """Pixels (side, side, 3) of the crop that `warp` maps out of a picture (H, W, 3).
 
-    Where the picture is finer than the crop it is first averaged down, since interpolation alone would skip
-    pixels. Beyond the picture its edge goes on, unless
-    `border` says otherwise.
+    border: what lies beyond the picture, by default its edge.
     """
     rows, columns = region(warp, image.shape)
     part = image[rows, columns]
     warp = compose(warp, np.array([[1, 0, columns.start], [0, 1, rows.start]]))
     scale = side * np.sqrt(abs(np.linalg.det(warp[:, :2])))  # pixels of the crop per pixel of the picture
-    if scale < 1:
+    if scale < 1:  # averaged down first, since interpolation alone would skip pixels
         whole = np.array(part.shape[1::-1])
         size = np.maximum(1, np.rint(whole * scale).astype(int))
         part = cv2.resize(part, size.tolist(), interpolation=cv2.INTER_AREA)
@@ -120,8 +118,8 @@ def fit(landmarks):
 def align(image, landmarks):
     """The crop of a picture (H, W, 3) in which five landmarks (5, 2) lie as in UTKFace, and its map."""
     warp = fit(landmarks)
-    # The face's own size, so that nothing is lost.
-    side = int(np.clip(round(1 / np.hypot(*warp[:, 0])), 32, LARGEST_CROP))
+    own_size = round(1 / np.hypot(*warp[:, 0]))  # at which nothing is lost
+    side = int(np.clip(own_size, 32, LARGEST_CROP))
     return cut(image, warp, side), warp
 
 
@@ -150,7 +148,8 @@ def clip_box(box, shape):
 ZOO = "https://media.githubusercontent.com/media/opencv/opencv_zoo/main/models"
 DETECTOR_URL = f"{ZOO}/face_detection_yunet/face_detection_yunet_2023mar.onnx"
 DETECTOR_SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
-MIN_FACE, MIN_SCORE = 20, 0.75  # pixels, and what 299 of 300 padded faces of UTKFace reach
+MIN_FACE = 20  # pixels
+MIN_SCORE = 0.75  # reached by all of 200 padded test faces of UTKFace (docs/model_card.md)
 SEEN = 20  # pixels that a face must be wide for YuNet to notice most
 NOTICED = 0.3  # score at which a second look is worth while
 STEP, COARSEST = 4, 512  # from scale to scale, down to pictures this long
@@ -165,7 +164,7 @@ THREAD = threading.local()  # a network is not for two threads at once
 def released_detector():
     """YuNet's ONNX file as OpenCV publishes it, from torch.hub's cache, or from the network into it.
 
-    It is checked by its hash before every use. Raises UserError if it cannot be had.
+    Raises UserError if it cannot be had or is another file.
     """
     from torch import hub  # here, since nothing else in this file needs torch
 
@@ -220,11 +219,10 @@ def run_network(data, image):
 def detect(look, min_score, min_face, image):
     """The faces of a picture, float (N, 15) as in `open_detector`; `look` is a network's `run_network`.
 
-    What `search` notices counts if a closer look is sure of it. The picture is turned until most of its faces
-    stand upright: cameras forget to say how they were held.
+    What `search` notices counts if a closer look is sure of it.
     """
     ways = []
-    for quarters in range(4):
+    for quarters in range(4):  # until most faces stand upright: cameras forget to say how they were held
         turned = np.rot90(image, quarters)
         found = [look_closely(look, turned, face) for face in search(look, min_face, turned)]
         found = [(face, turns) for face, turns in found if face[14] >= min_score]
@@ -264,19 +262,21 @@ def look_closely(look, image, face):
     upright = np.column_stack([np.eye(2) / side, 0.5 - centre / side])
     ways = []
     for quarters in range(4):
-        warp = compose(quarter_turn(quarters, 1, 1), upright)
-        faces = look(cut(image, warp, PATCH, border=cv2.BORDER_CONSTANT))
-        faces = move(faces, cv2.invertAffineTransform(warp * PATCH))
+        faces = look_through(look, image, compose(quarter_turn(quarters, 1, 1), upright))
         distance = np.abs(faces[:, :2] + faces[:, 2:4] / 2 - centre).max(axis=1)
         ways += [(one, quarters) for one in faces[distance < max(face[2:4]) / 4]]  # others are neighbours
     best, quarters = max(ways, key=lambda way: way[0][14], default=(np.zeros(15), 0))
     if best[14]:  # once more, with its tilt undone: landmarks of a tilted face are less sure
-        warp = compose(WITHIN, fit(best[4:14].reshape(5, 2)))
-        straight = look(cut(image, warp, PATCH, border=cv2.BORDER_CONSTANT))
+        straight = look_through(look, image, compose(WITHIN, fit(best[4:14].reshape(5, 2))))
         if len(straight):
-            landmarks = straight[straight[:, 14].argmax(), 4:14].reshape(5, 2)
-            best[4:14] = apply(cv2.invertAffineTransform(warp * PATCH), landmarks).ravel()
+            best[4:14] = straight[straight[:, 14].argmax(), 4:14]
     return best, quarters
+
+
+def look_through(look, image, warp):
+    """What a network says of the part of a picture that `warp` maps to a square."""
+    faces = look(cut(image, warp, PATCH, border=cv2.BORDER_CONSTANT))
+    return move(faces, cv2.invertAffineTransform(warp * PATCH))
 
 
 def each_once(faces):
@@ -284,11 +284,6 @@ def each_once(faces):
     kept = cv2.dnn.NMSBoxes(faces[:, :4].tolist(), faces[:, 14].tolist(), 0, SAME)
     faces = faces[np.array(kept, int)]
     return faces[np.lexsort(faces[:, :2].T[::-1])]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Both together
-# ------------------------------------------------------------------------------------------------------------
 
 
 def find_crops(image, detect=None):

@@ -16,7 +16,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
-from cli import UserError, atomic_path
 from common import load_model, pixel_statistics
 from faces import LANDMARK_NAMES, LANDMARKS
 from predict import AGES, choose_checkpoint, outputs
@@ -60,10 +59,10 @@ def export(model, image_size, path):
         import onnx
         import onnxscript  # which torch's exporter needs
     except ImportError as error:
-        raise UserError(f"this needs {error.name}: pip install onnx onnxscript") from None
+        raise cli.UserError(f"this needs {error.name}: pip install onnx onnxscript") from None
     images = torch.zeros(2, 3, image_size, image_size)
     names = ["probabilities"] + list(AGES) * model.by_year + ["masks"] * (model.decoder is not None)
-    with atomic_path(path) as temporary:
+    with cli.atomic_path(path) as temporary:
         try:
             torch.onnx.export(
                 ExportedModel(model).eval(), (images,), temporary, input_names=["images"], output_names=names,
@@ -74,9 +73,7 @@ def export(model, image_size, path):
             raise
         except Exception as error:  # what the exporter raises depends on both versions
             reason = f"{type(error).__name__}, torch {torch.__version__}, onnxscript {onnxscript.__version__}"
-            raise UserError(
-                f"PyTorch's exporter failed ({reason}): pip install -U torch onnxscript"
-            ) from None
+            raise cli.UserError(f"export failed ({reason}): pip install -U torch onnxscript") from None
         graph = onnx.load(temporary)
         for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.functions):
             del part.metadata_props[:]  # where in this machine's files each node was made

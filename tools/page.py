@@ -16,10 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
+import drawing
 import predict
-from cli import UserError
-from drawing import COLORS, draw_faces
-from predict import Picture, choose_checkpoint, load, read_picture, score_pictures
 from utkface import AGE_GROUPS, GROUP_NAMES
 
 EXAMPLES = [next(cli.ROOT.glob(f"docs/{age}_*.jpg")) for age in (10, 65)]  # drawn
@@ -27,8 +25,8 @@ LONGEST = 1600  # pixels of the picture shown, which travels to a phone
 PHONE = 24  # letters of a picture's width over this can be read where it is 390 pixels wide
 ABOUT = """
 Groups: {groups}. An age is an estimate of how old a face looks: one group in four is wrong, and it must not
-decide anything about a person. The picture stays on the machine that serves this page, and is deleted within
-minutes."""
+decide anything about a person. The range behind it holds the age with a probability of 80 %. The picture
+stays on the machine that serves this page, and is deleted within minutes."""
 STYLE = """
 .faces img {width: 100%; max-height: 75vh; object-fit: contain}
 .faces p {border-left: 8px solid; padding: 2px 12px; margin: 12px 0; font-size: 17px; line-height: 1.5}
@@ -48,15 +46,9 @@ document.addEventListener("paste", event => {
 
 
 def card(number, face):
-    """HTML of what is said of a face: its number, group and chance, and years."""
-    color = "rgb({}, {}, {})".format(*COLORS[GROUP_NAMES.index(face.group)])
-    text = f"<b>{number}. {face.group}</b>, {face.probabilities.max():.0%}"
-    if face.too_small:
-        text += "<br>too small for its age to be read"
-    elif face.predicted_age is not None:
-        text += f"<br>about {face.predicted_age:.0f} years old, between {face.age_low:.0f} and "
-        text += f"{face.age_high:.0f} with a probability of 80 %"
-    return f'<p style="border-color: {color}">{text}</p>'
+    """HTML of a face's number and what an overlay says of it."""
+    color = drawing.COLORS[GROUP_NAMES.index(face.group)]
+    return f'<p style="border-color: rgb{color}"><b>{number}.</b> {drawing.label(face)}</p>'
 
 
 def answer(data, loaded):
@@ -64,11 +56,13 @@ def answer(data, loaded):
 
     The picture is within the HTML, so that no file is left behind.
     """
-    (picture,) = score_pictures(iter([Picture(Path("upload"), data or b"")]), loaded, 1)
+    upload = predict.Picture(Path("upload"), data or b"")
+    (picture,) = predict.score_pictures(iter([upload]), loaded, workers=1)
     if picture.reason:
         return f"<p>This picture cannot be used: {html.escape(picture.reason)}.</p>"
-    image, numbers = read_picture(picture), range(1, len(picture.faces) + 1)
-    drawn = np.asarray(draw_faces(image, picture.faces, map(str, numbers), max(13, image.shape[1] // PHONE)))
+    image, numbers = predict.read_picture(picture), range(1, len(picture.faces) + 1)
+    letters = max(13, image.shape[1] // PHONE)
+    drawn = np.asarray(drawing.draw_faces(image, picture.faces, map(str, numbers), letters))
     scale = min(1, LONGEST / max(drawn.shape))
     small = cv2.resize(drawn, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     code = base64.b64encode(cv2.imencode(".jpg", small[..., ::-1])[1]).decode()
@@ -82,7 +76,7 @@ def serve(loaded, host, port):
     try:
         import gradio
     except ImportError:
-        raise UserError("this needs Gradio: pip install 'gradio>=6'") from None
+        raise cli.UserError("this needs Gradio: pip install 'gradio>=6'") from None
     wanted = "any photograph" if loaded.detect else "one face, cropped and upright"
     groups = [f"{name} {first}–{last}" for name, (first, last) in AGE_GROUPS.items()]
     with gradio.Blocks(title="Age group of a face", delete_cache=(60, 60)) as page:
@@ -110,7 +104,7 @@ def serve(loaded, host, port):
             head=SCRIPT,
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"--port {port} cannot be used ({error}): name another") from None
+        raise cli.UserError(f"--port {port} cannot be used ({error}): name another") from None
     finally:
         page.close()  # deletes what was uploaded
 
@@ -127,8 +121,9 @@ def get_parser():
 
 
 def main(args):
-    checkpoint = choose_checkpoint(args.checkpoint)
-    serve(load(checkpoint, args.detector, args.aligned, args.device, args.precision), args.host, args.port)
+    checkpoint = predict.choose_checkpoint(args.checkpoint)
+    loaded = predict.load(checkpoint, args.detector, args.aligned, args.device, args.precision)
+    serve(loaded, args.host, args.port)
 
 
 if __name__ == "__main__":
