@@ -227,7 +227,12 @@ def test_aligning_changes_an_older_split_only_where_it_must():
 
 def test_every_pair_lands_in_exactly_one_split(processed, tmp_path, cli):
     target = tmp_path / "split"
-    assert cli("split", "--input", processed, "--output", target)[0] == 0
+    code, out, _ = cli("split", "--input", processed, "--output", target)
+    assert code == 0
+    assert [line.split() for line in out.splitlines()[1:8:6]] == [
+        ["Infant", "14", "70.0%", "2", "10.0%", "4", "20.0%", "20"],
+        ["all", "84", "70.0%", "12", "10.0%", "24", "20.0%", "120"],
+    ]
     assert sorted(os.listdir(target)) == ["conflicts.csv", "split.csv", "split.yaml", "test", "train", "val"]
     found = [name for split in ("train", "val", "test") for name in os.listdir(target / split)]
     assert sorted(found) == sorted(os.listdir(processed))
@@ -316,8 +321,10 @@ def test_rerun_and_overwrite(tmp_path, cli, refuse):
         damage[0].write_text(damage[1])
         refuse("split", *flags, words=["--overwrite"])
         assert cli("split", *flags, "--overwrite")[0] == 0 and tree(target) == before
-    (target / "test" / os.listdir(target / "test")[0]).unlink()
-    refuse("split", *flags, words=["--overwrite"])  # no longer whole
+    for missing in (target / "conflicts.csv", target / "test" / os.listdir(target / "test")[0]):
+        missing.unlink()
+        refuse("split", *flags, words=["--overwrite"])  # no longer whole
+        missing.write_bytes(before[missing.relative_to(target).as_posix()])
     assert cli("split", *flags, "--seed", 5, "--overwrite")[0] == 0
     assert tree(target) != before
     mask = next((target / "train").glob("*_mask.png"))
