@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads cost time where pictures are as small as here
@@ -106,6 +107,39 @@ def noise_pairs(folder, ages, seed=0, side=40):
     for stem in stems:
         write_pair(folder, stem, cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (side, side)))
     return stems
+
+
+def write_model(path, **settings):
+    """A checkpoint with random weights: what it says is of no matter here."""
+    import torch  # here, since most tests do without
+
+    from common import make_model, save_checkpoint
+
+    torch.manual_seed(0)
+    settings = {"multitask": True, "age_sigma": 2.0, "flip_averaging": True, "image_size": 64} | settings
+    network = make_model(settings)
+    for module in network.modules():  # statistics other than those a fresh network has
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+    save_checkpoint(
+        path, "model", Namespace(**settings), weights=network.state_dict(), epoch=1, val={},
+        train_hashes=torch.zeros(0, dtype=torch.int64), pretraining={},
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A model of years and masks with random weights, 64 pixels a side."""
+    return write_model(tmp_path_factory.mktemp("model") / "model.pt")
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory):
+    """An ONNX file that finds the faces of `test_faces.photograph`."""
+    from test_faces import stand_in_detector
+
+    return stand_in_detector(tmp_path_factory.mktemp("detector") / "yunet.onnx")
 
 
 @pytest.fixture(scope="session")

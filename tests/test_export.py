@@ -15,18 +15,17 @@ import torch
 
 import export
 import predict
-from conftest import ROOT, script_path
-from test_predict import write_model
+from conftest import ROOT, script_path, write_model
 from utkface import AGE_GROUPS, GROUP_NAMES
 
 NAMES = ["probabilities", "predicted_age", "age_low", "age_high", "masks"]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(model, tmp_path_factory):
     """A folder with model.pt and, from the command line, m.onnx."""
     folder = tmp_path_factory.mktemp("export")
-    write_model(folder / "model.pt")
+    shutil.copy(model, folder)
     command = [sys.executable, script_path("export"), "--out", "m.onnx"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "m.onnx written: 64 px, Infant" in done.stdout

@@ -96,11 +96,6 @@ def photograph(places, size=(400, 304), zoom=1, crops=None):
     return picture, crops
 
 
-@pytest.fixture(scope="session")
-def detector(tmp_path_factory):
-    return stand_in_detector(tmp_path_factory.mktemp("detector") / "yunet.onnx")
-
-
 def similar(scale, degrees, x, y):
     """The map (2, 3) that turns by `degrees`, enlarges by `scale` and then moves by (x, y)."""
     a = scale * np.exp(1j * np.radians(degrees))

@@ -16,18 +16,15 @@ from PIL import Image
 import drawing
 import predict
 from conftest import script_path
-from test_faces import photograph, stand_in_detector
-from test_predict import PLACES, write_model
+from test_faces import PLACES, photograph
 
 pytest.importorskip("gradio_client", exc_type=ModuleNotFoundError)
 from gradio_client import Client, handle_file
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A model and a detector."""
-    folder = tmp_path_factory.mktemp("page")
-    return write_model(folder / "model.pt"), stand_in_detector(folder / "yunet.onnx")
+def files(model, detector):
+    return model, detector
 
 
 @pytest.fixture(scope="module")

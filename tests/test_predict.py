@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from argparse import Namespace
 from pathlib import Path
 
 import cv2
@@ -23,9 +22,9 @@ from PIL import Image, ImageDraw
 import drawing
 import faces
 import predict
-from common import FaceDataset, make_model, save_checkpoint, score_dataset
-from conftest import ROOT, noise_pairs
-from test_faces import BOX, PLACES, POINTS, YUNET, photograph, stand_in_detector
+from common import FaceDataset, score_dataset
+from conftest import ROOT, noise_pairs, write_model
+from test_faces import BOX, PLACES, POINTS, YUNET, photograph
 from utkface import AGE_GROUPS, GROUP_NAMES, decode_image
 
 CPU = ["--device", "cpu", "--workers", 2]
@@ -40,35 +39,10 @@ def no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(faces, "DETECTOR_URL", "http://127.0.0.1:9/yunet.onnx")
 
 
-def write_model(path, **settings):
-    """A checkpoint with random weights: what it says is of no matter here."""
-    torch.manual_seed(0)
-    settings = {"multitask": True, "age_sigma": 2.0, "flip_averaging": True, "image_size": 64} | settings
-    network = make_model(settings)
-    for module in network.modules():  # statistics other than those a fresh network has
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
-    save_checkpoint(
-        path, "model", Namespace(**settings), weights=network.state_dict(), epoch=1, val={},
-        train_hashes=torch.zeros(0, dtype=torch.int64), pretraining={},
-    )  # fmt: skip
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "model.pt")
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A model that has learned neither years nor masks."""
     return write_model(tmp_path_factory.mktemp("plain") / "model.pt", multitask=False, age_sigma=0)
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory):
-    return stand_in_detector(tmp_path_factory.mktemp("detector") / "yunet.onnx")
 
 
 def read(path):
