@@ -1,10 +1,12 @@
 """tools/export.py: the ONNX file says what PyTorch says, tells how to use it, and gives nothing away."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import cv2
 import numpy as np
@@ -15,21 +17,28 @@ import torch
 
 import export
 import predict
-from conftest import ROOT, script_path, write_model
+from cli import run
+from conftest import ROOT, write_model
+from small_model import small_backbone
 from utkface import AGE_GROUPS, GROUP_NAMES
 
 NAMES = ["probabilities", "predicted_age", "age_low", "age_high", "masks"]
 
 
 @pytest.fixture(scope="module")
-def exported(model, tmp_path_factory):
-    """A folder with model.pt and, from the command line, m.onnx."""
+def exported(tmp_path_factory):
+    """A folder with model.pt, of the small backbone, and m.onnx; that backbone stays for the module."""
     folder = tmp_path_factory.mktemp("export")
-    shutil.copy(model, folder)
-    command = [sys.executable, script_path("export"), "--out", "m.onnx"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "" and "m.onnx written: 64 px, Infant" in done.stdout
-    return folder
+    files = [str(folder / name) for name in ("model.pt", "m.onnx")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.resnet18", small_backbone)
+        write_model(files[0])
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            run(export.main, export.get_parser(), ["--checkpoint", files[0], "--out", files[1]])
+        assert out.getvalue().count("\n") == 2 and f"{files[1]} written: 64 px, Infant" in out.getvalue()
+        assert err.getvalue() == ""
+        yield folder
 
 
 def test_it_runs_elsewhere(exported):
