@@ -1,8 +1,6 @@
 """Faces in any photograph: YuNet finds them, and each is brought to UTKFace's geometry and back. No torch.
 
-detect = open_detector()
-for crop in find_crops(image, detect):  # uint8 RGB (H, W, 3)
-    ...
+`find_crops(image, open_detector())` does both.
 """
 
 import hashlib
@@ -109,8 +107,7 @@ def fit(landmarks):
 
     It turns, scales and shifts alike in both directions, with the least squared distance.
     """
-    source = landmarks[:, 0] + 1j * landmarks[:, 1]
-    target = LANDMARKS[:, 0] + 1j * LANDMARKS[:, 1]
+    source, target = (points[:, 0] + 1j * points[:, 1] for points in (landmarks, LANDMARKS))
     (a, b), *_ = np.linalg.lstsq(np.stack([source, np.ones(5)], axis=1), target, rcond=None)
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
@@ -128,7 +125,8 @@ def place_mask(mask, warp, shape):
     placed = np.zeros(shape[:2], bool)
     rows, columns = region(warp, shape)
     warp = compose(warp, np.array([[1, 0, columns.start], [0, 1, rows.start]]))
-    size, flags = placed[rows, columns].shape[::-1], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    size = (columns.stop - columns.start, rows.stop - rows.start)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     placed[rows, columns] = cv2.warpAffine(mask, to_pixels(warp, len(mask)), size, flags=flags) > 0.5
     return placed
 

@@ -163,10 +163,9 @@ def describe(crop, said, shape, masks=True) -> Prediction:
 def predict(loaded, image, masks=True) -> list[Prediction]:
     """The faces in one picture, from left to right.
 
-    loaded: from `load`; image: uint8 RGB (H, W, 3) with values 0 to 255 (not BGR, as OpenCV reads pictures:
-    nothing can tell), or a PIL image, which is turned as its EXIF says and lies on mid-grey where it is
-    transparent. Without `masks`, `Prediction.mask` is None. Raises ValueError for anything else, or below
-    `MIN_SIDE` a side.
+    image: uint8 RGB (H, W, 3) with values 0 to 255 (not BGR, as OpenCV reads pictures: nothing can tell), or
+    a PIL image, which is turned as its EXIF says and lies on mid-grey where it is transparent. Without
+    `masks`, `Prediction.mask` is None. Raises ValueError for anything else, or below `MIN_SIDE` a side.
     """
     if loaded.process != os.getpid() and torch.get_num_threads() > 1:
         raise UserError(
@@ -274,10 +273,10 @@ def read_picture(picture, say_pages=False):
 
     say_pages: names on stderr a file of several pages, of which the first is read.
     """
-    data = picture.source
-    if isinstance(data, np.ndarray):
-        return data
-    data = data if isinstance(data, bytes) else data.read_bytes()
+    source = picture.source
+    if isinstance(source, np.ndarray):
+        return source
+    data = source if isinstance(source, bytes) else source.read_bytes()
     image = cv2.cvtColor(decode_image(data, max_pixels=MAX_PIXELS), cv2.COLOR_BGR2RGB)
     pages = page_count(data) if say_pages else 1
     if pages > 1:
@@ -301,10 +300,8 @@ def read_faces(loaded, picture) -> Picture:
 def score_pictures(pictures, loaded, workers, total=None) -> Iterator[Picture]:
     """Yields the pictures of an iterator with their `faces`; threads read the next meanwhile."""
     read = partial(read_faces, loaded)
-    with (
-        ThreadPool(max(workers, 1)) as pool,
-        cli.progress(desc="faces", total=total, unit=" pictures") as bar,
-    ):
+    bar = cli.progress(desc="faces", total=total, unit=" pictures")
+    with ThreadPool(max(workers, 1)) as pool, bar:
         coming = pool.map_async(read, list(islice(pictures, CHUNK)), 1)
         while chunk := coming.get():
             coming = pool.map_async(read, list(islice(pictures, CHUNK)), 1)
@@ -348,11 +345,11 @@ def flatten_row(row):
     flat = {name: row.get(name) for name in ("file", "frame", "second", "face")}
     flat |= dict(zip(("x", "y", "width", "height"), row.get("box", [None] * 4)))
     flat |= {name: row.get(name) for name in ("group", *AGES)}
-    chances = row.get("probabilities", {})
+    chances, landmarks = row.get("probabilities", {}), row.get("landmarks", {})
     flat |= {f"p{group}": chances.get(name) for group, name in enumerate(GROUP_NAMES)}
     flat |= {name: row.get(name) for name in ("too_small", "reason", "score")}
     for name in LANDMARK_NAMES:
-        flat[f"{name}_x"], flat[f"{name}_y"] = row.get("landmarks", {}).get(name, (None, None))
+        flat[f"{name}_x"], flat[f"{name}_y"] = landmarks.get(name, (None, None))
     flat["picture_width"], flat["picture_height"] = row["picture"] or (None, None)
     return flat | {"model": row["model"]["name"], "model_sha256": row["model"]["sha256"]}
 

@@ -18,7 +18,7 @@ import torch
 import export
 import predict
 from cli import run
-from conftest import ROOT, write_model
+from conftest import ROOT, shell, write_model
 from small_model import small_backbone
 from utkface import AGE_GROUPS, GROUP_NAMES
 
@@ -83,7 +83,8 @@ def test_a_model_of_groups_alone(tmp_path):
 
 def test_what_stands_in_the_way_is_one_line(exported, tmp_path, refuse, monkeypatch):
     flags = ["--checkpoint", exported / "model.pt", "--out", tmp_path / "m.onnx"]
-    refuse("export", *flags[:2], "--out", tmp_path, words=["--out", "is a folder"])
+    done = shell("export", "--out", ".", cwd=tmp_path)  # as a user runs it
+    assert done.returncode == 2 and "--out . is a folder" in done.stderr
     refuse("export", "--checkpoint", tmp_path / "no.pt", words=["no.pt is not there"])
 
     def broken(*_, **__):

@@ -16,9 +16,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
+import predict
 from common import load_model, pixel_statistics
 from faces import LANDMARK_NAMES, LANDMARKS
-from predict import AGES, choose_checkpoint, outputs
 from utkface import AGE_GROUPS
 
 
@@ -33,7 +33,7 @@ class ExportedModel(nn.Module):
 
     def forward(self, images):
         """RGB float32 (B, 3, S, S), values 0–255 → what `predict.outputs` says, in its order."""
-        return list(outputs(self.model, (images - self.mean) / self.std).values())
+        return list(predict.outputs(self.model, (images - self.mean) / self.std).values())
 
 
 def metadata(model, image_size):
@@ -61,7 +61,7 @@ def export(model, image_size, path):
     except ImportError as error:
         raise cli.UserError(f"this needs {error.name}: pip install onnx onnxscript") from None
     images = torch.zeros(2, 3, image_size, image_size)
-    names = ["probabilities"] + list(AGES) * model.by_year + ["masks"] * (model.decoder is not None)
+    names = ["probabilities"] + list(predict.AGES) * model.by_year + ["masks"] * (model.decoder is not None)
     with cli.atomic_path(path) as temporary:
         try:
             torch.onnx.export(
@@ -91,7 +91,7 @@ def get_parser():
 
 def main(args):
     cli.check_output("--out", args.out)
-    model, checkpoint = load_model(choose_checkpoint(args.checkpoint), torch.device("cpu"))
+    model, checkpoint = load_model(predict.choose_checkpoint(args.checkpoint), torch.device("cpu"))
     image_size = checkpoint["preprocessing"]["image_size"]
     export(model, image_size, args.out)
     print(f"{args.out} written: {image_size} px, {', '.join(AGE_GROUPS)}")
