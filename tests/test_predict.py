@@ -409,6 +409,9 @@ def test_videos(model, detector, tmp_path, cli):
     assert (
         np.abs(images[0].astype(int) - images[1]).max() < 20 < np.abs(images[0].astype(int) - images[4]).max()
     )
+    (tmp_path / "full/clip.avi.mp4").mkdir(parents=True)  # in the way of the video
+    code, out, err = cli("predict", "clip.avi", *flags, "--overlay", "full", cwd=tmp_path)
+    assert code == 1 and err.count("failed: full/clip.avi.mp4 cannot be written") == 1 and "6 faces" in out
     whole = (tmp_path / "clip.avi").read_bytes()
     (tmp_path / "cut.avi").write_bytes(whole[: len(whole) * 6 // 10])
     (tmp_path / "none.mp4").write_bytes(whole[:100])
