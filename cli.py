@@ -278,7 +278,7 @@ def own_process():
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter must not stop a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", ".*decompression bomb", Warning)  # decode_image refuses by itself
+    warnings.filterwarnings("ignore", module="PIL")  # what is too large or damaged is refused and named
     if "cv2" in sys.modules:
         cv2 = sys.modules["cv2"]
         cv2.setNumThreads(1)  # the pictures are small: work is spread over faces, never within one

@@ -162,7 +162,9 @@ def start_worker(worker: int, give_way: bool):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Torch would report a worker that dies of a signal before the main process can say why it stops.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    if give_way and hasattr(os, "nice"):
+    if give_way and hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    elif give_way and hasattr(os, "nice"):
         os.nice(19)
 
 
