@@ -251,6 +251,18 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize(
+    "p, words", [(0.049, "Asian above Indian by"), (0.051, "no more than chance may give")]
+)
+def test_a_gap_counts_below_five_percent(known, scores, tmp_path, cli, no_figures, monkeypatch, p, words):
+    monkeypatch.setattr(metrics, "gap_p_value", lambda *_, **__: p)
+    code, out, _ = cli(
+        "evaluate", untrained(tmp_path / "m.pt"), "--data", known.data, "--out", tmp_path, *CPU
+    )
+    [line] = [line for line in out.splitlines() if line.startswith("  by race: ")]
+    assert code == 0 and words in line
+
+
 def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, cli, no_figures):
     model = untrained(tmp_path / "m.pt")
     code, out, err = cli("evaluate", model, "--data", known.data, "--out", tmp_path / "r", *CPU)

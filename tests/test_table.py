@@ -282,7 +282,8 @@ def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls,
     for _, flags in calls[:8]:
         task, weights, strategy, _ = flags[-1].stem.split("-")
         assert ("--multitask" in flags) == (task == "multitask") != ("--no-multitask" in flags)
-        assert flags[flags.index("--lr-strategy") + 1] == strategy and weights in str(flags)
+        assert flags[flags.index("--lr-strategy") + 1] == strategy
+        assert flags[flags.index("--init") + 1] == weights
     refuse("table", "--weights", "view", "none", words=["--weights"], cwd=tmp_path)
     refuse("table", "--seeds", -1, words=["--seeds"], cwd=tmp_path)
 
