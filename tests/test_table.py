@@ -256,7 +256,7 @@ def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, call
         ("uniform", "contrastive (rank)", "3, 4"),
         ("differentiated", "contrastive (rank)", "3, 4"),
     ]
-    assert "epochs 7" in text and "lr 0.5" in text
+    assert "epochs 7" in text and "lr 0.5" in text and "on 9 faces of" in text
     assert [script for script, _ in calls] == 2 * [
         *["finetune"] * 2,
         *["pretrain", "finetune", "finetune"],
