@@ -31,6 +31,7 @@ from common import YEARS, FaceDataset, Scores, load_model, score_dataset
 from devices import choose_device, choose_precision
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
 
+FEW = 20  # faces below which a bin of the reliability diagram is marked
 SMALL = 100  # faces below which a subgroup is marked
 SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group", "range_coverage")
 
@@ -283,11 +284,14 @@ def plot_reliability(evaluation):
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     label = f"the model: calibration error {error:.1%}\n(a perfect one's: {low:.1%} to {high:.1%})"
     top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
-    top.plot(*means[:, ~np.isnan(means[0])], "o-", color="C0", label=label)
+    enough = np.histogram(e.confidence, **bins)[0] >= FEW
+    top.plot(*means[:, enough], "o-", color="C0", label=label)
+    top.plot(*means[:, ~enough], "o", color="C0", fillstyle="none")
     top.set(ylabel="accuracy", title=f"{len(e.faces)} faces", xlim=(0, 1), ylim=(0, 1))
     top.legend(loc="upper left", fontsize=9)
     bottom.hist(e.confidence, **bins)
-    bottom.set(xlabel="confidence in the predicted group", ylabel="faces")
+    note = f"hollow above: fewer than {FEW} faces"
+    bottom.set(xlabel=f"confidence in the predicted group; {note}", ylabel="faces")
     return figure
 
 

@@ -425,6 +425,11 @@ def test_figures_show_what_was_measured(monkeypatch):
     counts = {text.get_position(): text.get_text() for text in matrix.texts}
     assert (counts[0, 3], counts[3, 0], counts[3, 3]) == ("1\n16.7%", "0\n0.0%", "4\n66.7%")  # column, row
 
+    monkeypatch.setattr(evaluate, "FEW", 7)
+    _, solid, hollow = evaluate.plot_reliability(e).axes[0].lines
+    assert len(solid.get_xydata()) == 0 and np.isfinite(hollow.get_xydata()).all(axis=1).sum() == 2
+    assert (hollow.get_fillstyle(), hollow.get_linestyle()) == ("none", "None")
+    monkeypatch.setattr(evaluate, "FEW", 6)
     top, bottom = evaluate.plot_reliability(e).axes
     assert (bottom.get_xlabel()[:10], top.get_ylabel()) == ("confidence", "accuracy")
     assert top.lines[1].get_xydata() == pytest.approx(np.array([[0.62, 1], [5.42 / 6, 4 / 6]]), abs=1e-6)
