@@ -16,6 +16,7 @@ import sys
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names a backend that this Python may not have
@@ -48,11 +49,11 @@ class Evaluation:
     clusters: np.ndarray  # int (N,), which near-duplicates share
     leaked: np.ndarray  # bool (N,): the model has learned from a near-duplicate, by split.csv
     summary: dict  # what metrics.json holds
-    draws: dict[str, np.ndarray] = field(default_factory=dict)  # bootstrap, (RESAMPLES,) of each metric
-    subgroups: list[dict] = field(default_factory=list)  # rows of subgroups.csv
+    draws: dict[str, np.ndarray] = field(init=False)  # bootstrap, (RESAMPLES,) of each metric
+    subgroups: list[dict] = field(init=False)  # rows of subgroups.csv
 
     def __post_init__(self):
-        scores = self.scores
+        scores, self.years = self.scores, {}  # columns of predictions.csv
         self.groups = np.array([face.group for face in self.faces])  # true, int (N,)
         self.probabilities = scores.logits.double().softmax(dim=1).numpy()  # N×6
         self.predicted, self.confidence = self.probabilities.argmax(axis=1), self.probabilities.max(axis=1)
@@ -63,6 +64,7 @@ class Evaluation:
         }
         if scores.ages is not None:
             ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
+            self.years = {"predicted_age": ages, "age_low": low, "age_high": high}
             true, spread = np.array([(face.age, face.spread) for face in self.faces]).T  # N each
             error = np.maximum(np.abs(ages - true) - spread, 0)  # from the nearest year of a range
             self.per_face["mae_years"] = error
@@ -82,7 +84,7 @@ def read_split_table(data, files):
     Returns their near-duplicate groups, int (N,), and whether each lies outside train, or outside val, while
     another face of its group lies inside, bool (N,) each; split.py allows that only with --random.
     """
-    path, rows = Path(data) / "split.csv", {}
+    path, rows = data / "split.csv", {}
     if path.is_file():
         with suppress(OSError, ValueError, KeyError, csv.Error):
             text = path.read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark, and semicolons
@@ -91,20 +93,20 @@ def read_split_table(data, files):
             rows = {row["file"]: (row["duplicate_of"] or row["file"], row["split"]) for row in table}
         if not rows.keys() & set(files):
             raise UserError(f"{path} is no table of these faces: run split.py again, or remove it")
-    own = [rows.get(name, (name, "")) for name in files]
+    groups, splits = np.array([rows.get(name, (name, "")) for name in files]).T  # N each
     near = []
     for part in ("train", "val"):
-        inside = {group for group, split in rows.values() if split == part}
-        near.append(np.array([group in inside and split != part for group, split in own]))
-    return np.unique([group for group, _ in own], return_inverse=True)[1], *near
+        inside = [group for group, split in rows.values() if split == part]
+        near.append(np.isin(groups, inside) & (splits != part))
+    return np.unique(groups, return_inverse=True)[1], *near
 
 
 def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceDataset):
     """Runs the model of a checkpoint on the faces of a folder, such as `split/test`: an `Evaluation`.
 
     A face whose range of ages crosses groups is left out. unseen: so are the faces that the model has learned
-    from or that its epoch was selected on, and their near-duplicates. read: how faces are read, so that the
-    caller of several models can keep them. UserError if a file is not as it should be, or no face is left.
+    from or that its epoch was selected on, and their near-duplicates; else it warns of them. read: how faces
+    are read, for a caller that keeps them. UserError if a file is not as it should be, or no face is left.
     """
     model, checkpoint = load_model(path, device)
     size, with_masks = checkpoint["preprocessing"]["image_size"], model.decoder is not None
@@ -130,6 +132,10 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
         "chose_the_epoch": int(selected_on[kept].sum()),
         "classes_never_learned": checkpoint.get("missing_groups", []),
     }
+    for key, what in {"seen_in_training": "was trained", "chose_the_epoch": "had its epoch selected"}.items():
+        if summary[key]:
+            counts = f"{summary[key]} of these {summary['n']} faces"
+            print(f"warning: {path} {what} on {counts}; --unseen leaves them out", file=sys.stderr)
     dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
     dataset.images = dataset.images[kept]
     dataset.masks = dataset.masks[kept] if with_masks else None
@@ -138,106 +144,100 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     return Evaluation(path, checkpoint, folder, dataset.faces, scores, clusters[kept], leaked[kept], summary)
 
 
-def score_subgroup(evaluation, at):
-    """A row of subgroups.csv: `SUBGROUP_METRICS` of the faces at indices `at`, with 95 % intervals."""
-    e, clusters = evaluation, evaluation.clusters[at]
-    means = {name: values[at].mean() for name, values in e.per_face.items()}
-    estimates = {name: (mean, metrics.effective_faces(clusters)) for name, mean in means.items()}
-    estimates["balanced_accuracy"] = metrics.balanced_accuracy(e.right[at], e.groups[at], clusters)
-    row = {"n": len(at), "small": int(len(at) < SMALL)}
-    if "range_coverage" in means:
-        row["range_width"] = round(float(means["range_width"]), 6)
+def score_subgroup(scored, by, name, at):
+    """A row of subgroups.csv: `SUBGROUP_METRICS` of the faces where `at`, bool (N,), with 95 % intervals."""
+    faces = metrics.effective_faces(scored.clusters[at])
+    estimates = {metric: (values[at].mean(), faces) for metric, values in scored.per_face.items()}
+    answers = scored.right[at], scored.groups[at], scored.clusters[at]
+    estimates["balanced_accuracy"] = metrics.balanced_accuracy(*answers)
+    row = {"by": by, "subgroup": name, "n": int(at.sum()), "small": int(at.sum() < SMALL)}
+    if "range_coverage" in estimates:
+        row["range_width"] = round(float(estimates["range_width"][0]), 6)
     for metric in SUBGROUP_METRICS:
         if metric in estimates:
             value, faces = estimates[metric]
-            low, high = metrics.wilson(value, faces)
-            row[metric] = round(float(value), 6)
-            row |= {f"{metric}_low": round(low, 6), f"{metric}_high": round(high, 6)}
+            for end, number in zip(("", "_low", "_high"), (value, *metrics.wilson(value, faces))):
+                row[metric + end] = round(float(number), 6)
     return row
 
 
-def score_subgroups(evaluation, seed=0):
+def score_subgroups(scored, seed=0):
     """Scores by age group, gender, race and the last two: rows of subgroups.csv, and the widest gap of each.
 
     A gap lies between the highest and the lowest accuracy among subgroups of at least `SMALL` faces.
     """
-    e, rows, gaps = evaluation, [], []
-    genders = np.array([*GENDERS, "unknown"])[[face.gender for face in e.faces]]  # -1 is the last
-    races = np.array([*RACES, "unknown"])[[face.race for face in e.faces]]
+    genders = np.array([*GENDERS, "unknown"])[[face.gender for face in scored.faces]]  # -1 is the last
+    races = np.array([*RACES, "unknown"])[[face.race for face in scored.faces]]
     both = np.array([f"{race}, {gender}" for race, gender in zip(races, genders)])
     kinds = {  # the label of each face, and the names of the subgroups, among which unknown is none
-        "age group": (np.array(GROUP_NAMES)[e.groups], GROUP_NAMES),
+        "age group": (np.array(GROUP_NAMES)[scored.groups], GROUP_NAMES),
         "gender": (genders, GENDERS),
         "race": (races, RACES),
         "race and gender": (both, [f"{race}, {gender}" for race in RACES for gender in GENDERS]),
     }
+    rows, gaps = [], []
     for by, (labels, names) in kinds.items():
-        present = [name for name in names if name in labels]
-        own = [score_subgroup(e, np.flatnonzero(labels == name)) for name in present]
-        large = [(row["accuracy"], name) for name, row in zip(present, own) if not row["small"]]
+        own = [score_subgroup(scored, by, name, labels == name) for name in names if name in labels]
+        large = [(row["accuracy"], row["subgroup"]) for row in own if not row["small"]]
         if len(large) > 1:
             (least, lowest), (most, highest) = min(large), max(large)
             at = np.isin(labels, [name for _, name in large])
-            p = metrics.gap_p_value(e.right[at], labels[at], e.clusters[at], seed)
+            p = metrics.gap_p_value(scored.right[at], labels[at], scored.clusters[at], seed)
             difference = round(most - least, 6)
             gaps.append({"by": by, "highest": highest, "lowest": lowest, "difference": difference, "p": p})
-        rows += [{"by": by, "subgroup": name} | row for name, row in zip(present, own)]
+        rows += own
     return rows, gaps
 
 
-def measure(evaluation, seed):
+def measure(scored, seed):
     """Fills in the summary of an `Evaluation`, the draws of its metrics, and its subgroups."""
-    e, effective = evaluation, metrics.effective_faces(evaluation.clusters)
-    parts = np.split(metrics.resample(e.clusters, seed=seed), 20)  # each of which fits the memory
-    bar = cli.progress(parts, "bootstrap")
-    draws = [metrics.score(e.probabilities, e.groups, part, e.per_face) for part in bar]
-    values = metrics.score(e.probabilities, e.groups, np.ones((1, len(e.faces))), e.per_face)
-    for name, [value] in values.items():
-        e.draws[name] = np.concatenate([part[name] for part in draws])
+    effective = metrics.effective_faces(scored.clusters)
+    parts = np.split(metrics.resample(scored.clusters, seed=seed), 20)  # each of which fits the memory
+    score = partial(metrics.score, scored.probabilities, scored.groups, scored.per_face)
+    draws = [score(part) for part in cli.progress(parts, "bootstrap")]
+    scored.draws = {name: np.concatenate([part[name] for part in draws]) for name in draws[0]}
+    for name, [value] in score(np.ones((1, len(scored.faces)))).items():
         if name in metrics.SHARES:
             ends = metrics.wilson(value, effective)
         elif name == "ap_macro":
-            ends = metrics.logit_interval(value, e.draws[name])
+            ends = metrics.logit_interval(value, scored.draws[name])
         else:
-            ends = metrics.interval(e.draws[name])
+            ends = metrics.interval(scored.draws[name])
         value, *ends = (None if np.isnan(x) else round(float(x), 6) for x in (value, *ends))
-        e.summary[name] = {"value": value, "ci95": ends}
-    e.subgroups, gaps = score_subgroups(e, seed)
-    covered = [row for row in e.subgroups if row["by"] == "age group" and "range_coverage" in row]
-    e.summary |= {
+        scored.summary[name] = {"value": value, "ci95": ends}
+    scored.subgroups, gaps = score_subgroups(scored, seed)
+    right, leaked = scored.right, scored.leaked
+    present, guessed = np.unique(scored.groups), np.unique(scored.predicted)
+    scored.summary |= {
         "effective_n": round(effective, 1),
-        "absent_classes": [name for group, name in enumerate(GROUP_NAMES) if group not in e.groups],
-        "classes_of_f1_and_precision": [GROUP_NAMES[group] for group in np.union1d(e.groups, e.predicted)],
-        "unknown_gender": sum(face.gender < 0 for face in e.faces),
-        "unknown_race": sum(face.race < 0 for face in e.faces),
-        "ages_in_ranges": sum(face.spread > 0 for face in e.faces),
+        "absent_classes": [name for group, name in enumerate(GROUP_NAMES) if group not in present],
+        "classes_of_f1_and_precision": [GROUP_NAMES[group] for group in np.union1d(present, guessed)],
+        "unknown_gender": sum(face.gender < 0 for face in scored.faces),
+        "unknown_race": sum(face.race < 0 for face in scored.faces),
+        "ages_in_ranges": sum(face.spread > 0 for face in scored.faces),
         "range_by_group": {
             row["subgroup"]: {"coverage": row["range_coverage"], "width": row["range_width"]}
-            for row in covered
+            for row in scored.subgroups
+            if row["by"] == "age group" and "range_coverage" in row
         },
-        "expected_calibration_error": metrics.calibration_error(e.confidence, e.right),
-        "calibration_error_if_perfect": metrics.perfect_calibration(e.confidence, e.clusters, seed),
+        "expected_calibration_error": metrics.calibration_error(scored.confidence, right),
+        "calibration_error_if_perfect": metrics.perfect_calibration(scored.confidence, scored.clusters, seed),
         "widest_gaps": gaps,
         "near_duplicates_in_train": {
-            "n": int(e.leaked.sum()),
-            "accuracy": float(e.right[e.leaked].mean()) if e.leaked.any() else None,
-            "accuracy_of_the_rest": None if e.leaked.all() else float(e.right[~e.leaked].mean()),
+            "n": int(leaked.sum()),
+            "accuracy": float(right[leaked].mean()) if leaked.any() else None,
+            "accuracy_of_the_rest": None if leaked.all() else float(right[~leaked].mean()),
         },
-        "checkpoint": str(e.path),
-        "split": e.folder.name,
+        "checkpoint": str(scored.path),
+        "split": scored.folder.name,
         "bootstrap_resamples": metrics.RESAMPLES,
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures and reports
-# ------------------------------------------------------------------------------------------------------------
-
-
-def plot_confusion_matrix(evaluation):
+def plot_confusion_matrix(scored):
     """How many faces of each true group (rows) were taken for which (columns), and their share."""
-    e = evaluation
-    [counts] = metrics.confusion_matrix(e.predicted, e.groups, np.ones((1, len(e.faces)))).astype(int)
+    once = np.ones((1, len(scored.faces)))
+    [counts] = metrics.confusion_matrix(scored.predicted, scored.groups, once).astype(int)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(6.6, 6.4), layout="constrained")
     axis = figure.subplots()
@@ -247,14 +247,14 @@ def plot_confusion_matrix(evaluation):
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     axis.set_xticks(range(len(GROUP_NAMES)), GROUP_NAMES, rotation=30, ha="right")
     axis.set_yticks(range(len(GROUP_NAMES)), GROUP_NAMES)
-    title = f"{len(e.faces)} faces, accuracy {e.right.mean():.1%}; shares are of the true group"
+    title = f"{len(scored.faces)} faces, accuracy {scored.right.mean():.1%}; shares are of the true group"
     axis.set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
 
-def plot_subgroups(evaluation):
+def plot_subgroups(scored):
     """Accuracies and coverage of subgroups with their intervals, small subgroups hollow."""
-    rows = evaluation.subgroups
+    rows = scored.subgroups
     shown = [metric for metric in SUBGROUP_METRICS if metric in rows[0]]
     figure = Figure(figsize=(4.3 * len(shown), 1.6 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True)
@@ -263,7 +263,7 @@ def plot_subgroups(evaluation):
     inside = ["white" if row["small"] else color for row, color in zip(rows, colors)]
     for axis, metric in zip(axes, shown):
         value, low, high = ([row[metric + end] for row in rows] for end in ("", "_low", "_high"))
-        axis.axvline(evaluation.summary[metric]["value"], color="0.6", linestyle="--")
+        axis.axvline(scored.summary[metric]["value"], color="0.6", linestyle="--")
         axis.hlines(range(len(rows)), low, high, colors=colors)
         axis.scatter(value, range(len(rows)), edgecolors=colors, facecolors=inside, zorder=2)
         axis.set(title=metric.replace("_", " "), ylim=(len(rows) - 0.5, -0.5))
@@ -274,73 +274,65 @@ def plot_subgroups(evaluation):
     return figure
 
 
-def plot_reliability(evaluation):
+def plot_reliability(scored):
     """Accuracy against confidence, in bins, and the number of faces in each."""
-    e, error = evaluation, evaluation.summary["expected_calibration_error"]
-    low, high = e.summary["calibration_error_if_perfect"]["range95"]
+    low, high = scored.summary["calibration_error_if_perfect"]["range95"]
+    error = f"calibration error {scored.summary['expected_calibration_error']:.1%}"
     bins = {"bins": metrics.BINS, "range": (0, 1)}
-    means = binned_statistic(e.confidence, [e.confidence, e.right], **bins).statistic  # 2×BINS, NaN if empty
+    columns = [scored.confidence, scored.right]
+    means = binned_statistic(scored.confidence, columns, **bins).statistic  # 2×BINS, NaN if empty
+    enough = np.histogram(scored.confidence, **bins)[0] >= FEW
     figure = Figure(figsize=(5.6, 6.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    label = f"the model: calibration error {error:.1%}\n(a perfect one's: {low:.1%} to {high:.1%})"
     top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
-    enough = np.histogram(e.confidence, **bins)[0] >= FEW
+    label = f"the model: {error}\n(a perfect one's: {low:.1%} to {high:.1%})"
     top.plot(*means[:, enough], "o-", color="C0", label=label)
     top.plot(*means[:, ~enough], "o", color="C0", fillstyle="none")
-    top.set(ylabel="accuracy", title=f"{len(e.faces)} faces", xlim=(0, 1), ylim=(0, 1))
+    top.set(ylabel="accuracy", title=f"{len(scored.faces)} faces", xlim=(0, 1), ylim=(0, 1))
     top.legend(loc="upper left", fontsize=9)
-    bottom.hist(e.confidence, **bins)
+    bottom.hist(scored.confidence, **bins)
     note = f"hollow above: fewer than {FEW} faces"
     bottom.set(xlabel=f"confidence in the predicted group; {note}", ylabel="faces")
     return figure
 
 
-def plot_mistakes(evaluation, count=40):
+def plot_mistakes(scored, count=40):
     """The `count` (at most 40) wrong predictions of highest confidence with their labels."""
-    e, wrong = evaluation, np.flatnonzero(~evaluation.right)
-    chosen = wrong[np.argsort(-e.confidence[wrong], kind="stable")][:count]
+    wrong = np.flatnonzero(~scored.right)
+    chosen = wrong[np.argsort(-scored.confidence[wrong], kind="stable")][:count]
     figure = Figure(figsize=(14, 11.75), layout="constrained")
     for place, i in enumerate(chosen, start=1):
+        face, taken = scored.faces[i], GROUP_NAMES[scored.predicted[i]]
         axis = figure.add_subplot(5, 8, place)
         axis.axis("off")
-        axis.imshow(read_image(e.folder / f"{e.faces[i].stem}_image.png")[:, :, ::-1])
-        true, taken = f"{GROUP_NAMES[e.groups[i]]} ({e.faces[i].age})", GROUP_NAMES[e.predicted[i]]
-        axis.set_title(f"{true}\ntaken for {taken}\n{e.confidence[i]:.0%} sure", fontsize=8)
+        axis.imshow(read_image(scored.folder / f"{face.stem}_image.png")[:, :, ::-1])
+        true = f"{GROUP_NAMES[face.group]} ({face.age})"
+        axis.set_title(f"{true}\ntaken for {taken}\n{scored.confidence[i]:.0%} sure", fontsize=8)
     figure.suptitle(f"{len(chosen)} of {len(wrong)} mistakes, the most confident first; labels may be wrong")
     return figure
 
 
-def write_results(evaluation, out):
-    """Writes the files of one model that `measure` has been through."""
-    e, out, rows = evaluation, Path(out), []
-    years = {"predicted_age": e.scores.ages, "age_low": e.scores.age_low, "age_high": e.scores.age_high}
+def write_results(scored, out):
+    """Writes the files of one model that `measure` has been through into the folder `out`."""
     with cli.atomic_path(out / "metrics.json", sync=True) as temporary:
-        temporary.write_text(json.dumps(e.summary, indent=2) + "\n", encoding="utf-8")
-    for i, face in enumerate(e.faces):
+        temporary.write_text(json.dumps(scored.summary, indent=2) + "\n", encoding="utf-8")
+    rows = []
+    for i, face in enumerate(scored.faces):
         row = {"file": f"{face.stem}_image.png", "age": face.age}
-        row |= {"true": e.groups[i], "predicted": e.predicted[i]}
-        row |= {name: f"{values[i]:.1f}" for name, values in years.items() if values is not None}
-        rows.append(row | {f"p{group}": f"{p:.6f}" for group, p in enumerate(e.probabilities[i])})
+        row |= {"true": scored.groups[i], "predicted": scored.predicted[i]}
+        row |= {name: f"{years[i]:.1f}" for name, years in scored.years.items()}
+        rows.append(row | {f"p{group}": f"{p:.6f}" for group, p in enumerate(scored.probabilities[i])})
     cli.write_csv(out / "predictions.csv", rows)
-    cli.write_csv(out / "subgroups.csv", e.subgroups)
+    cli.write_csv(out / "subgroups.csv", scored.subgroups)
     for plot in (plot_confusion_matrix, plot_subgroups, plot_reliability, plot_mistakes):
         with cli.atomic_path(out / f"{plot.__name__.removeprefix('plot_')}.png") as temporary:
-            plot(e).savefig(temporary, dpi=130)
+            plot(scored).savefig(temporary, dpi=130)
 
 
-def warn_of_seen(evaluation):
-    """Warns of faces that the model was trained on, or that its epoch was selected on."""
-    seen = {"seen_in_training": "was trained on", "chose_the_epoch": "had its epoch selected on"}
-    for key, what in seen.items():
-        if evaluation.summary[key]:
-            counts = f"{evaluation.summary[key]} of these {len(evaluation.faces)} faces"
-            print(f"warning: {evaluation.path} {what} {counts}; --unseen leaves them out", file=sys.stderr)
-
-
-def print_results(evaluation):
+def print_results(scored):
     """Prints what `measure` has found of one model: metrics, calibration, leaks, subgroups and gaps."""
-    summary, rows = evaluation.summary, evaluation.subgroups
-    print(f"{evaluation.path} on {summary['n']} faces of {evaluation.folder}, 95 % intervals:")
+    summary = scored.summary
+    print(f"{scored.path} on {summary['n']} faces of {scored.folder}, 95 % intervals:")
     for name, label in metrics.METRICS.items():
         if name in summary:
             form = ".2f" if name in metrics.IN_YEARS else ".2%"
@@ -367,13 +359,10 @@ def print_results(evaluation):
     for what, value in notes.items():
         if value:
             print(f"  {what}: {value}")
-    shown = [metric for metric in SUBGROUP_METRICS if metric in rows[0]]
-    print(f"\n  {'':16}{'faces':>6}" + "".join(f"{metric.replace('_', ' '):>24}" for metric in shown))
-    for row in rows:
-        cells = (f"{row[m]:.1%} [{row[m + '_low']:.1%}, {row[m + '_high']:.1%}]" for m in shown)
-        name = f"{row['subgroup']:16}{row['n']:5}{'*' if row['small'] else ' '}"
-        print(f"  {name}" + "".join(f"{cell:>24}" for cell in cells))
-    print(f"  * fewer than {SMALL} faces: little can be said")
+    print(f"\n  accuracy of subgroups; little can be said of fewer than {SMALL} faces (*)")
+    for row in scored.subgroups:
+        name = f"{row['subgroup']:16}{row['n']:6}{'*' if row['small'] else ' '}"
+        print(f"  {name}{row['accuracy']:9.1%}  [{row['accuracy_low']:.1%}, {row['accuracy_high']:.1%}]")
     for gap in summary["widest_gaps"]:
         points = f"{100 * gap['difference']:.1f} points of accuracy"
         found = f"{gap['highest']} above {gap['lowest']} by {points}"
@@ -400,8 +389,7 @@ def main(args):
     cli.check_writable("--out", args.out)
     scored = score_model(args.checkpoint, folder, device, dtype, args.workers, args.unseen)
     measure(scored, args.seed)
-    write_results(scored, args.out)
-    warn_of_seen(scored)
+    write_results(scored, Path(args.out))
     print_results(scored)
     print(f"{args.out} written: metrics.json, predictions.csv, subgroups.csv and four figures")
 

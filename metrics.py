@@ -1,7 +1,6 @@
 """Metrics of N faces and their 95 % intervals. No torch.
 
-A metric is computed under R weightings of the faces at once: ones for its value, the draws of the bootstrap
-for its interval. Faces of one cluster are near-duplicates, and count once.
+Faces of one cluster are near-duplicates, and count once.
 """
 
 import numpy as np
@@ -32,12 +31,12 @@ IN_YEARS = ("mae_years", "range_width")
 SHARES = ("accuracy", "within_one_group", "within_five_years", "range_coverage")  # a face counts 0 or 1
 
 
-def score(probabilities, groups, weights, per_face):
-    """Every metric of N faces under each of R weightings, in the order of `METRICS`: {metric: (R,)}.
+def score(probabilities, groups, per_face, weights):
+    """Every metric under each of R weightings, in the order of `METRICS`: {metric: (R,)}.
 
-    probabilities: (N, 6); groups: int (N,); weights: (R, N), how often each face counts; per_face: {metric:
-    (N,)}, averaged. Recall, AUC and AP average over the classes present in `groups`, F1 and precision over
-    those present there or predicted; AUC of one class is NaN.
+    probabilities: (N, 6); groups: int (N,); per_face: {metric: (N,)}, averaged; weights: (R, N), how often
+    each face counts: ones for the value, draws of the bootstrap for its interval. Recall, AUC and AP average
+    over the classes present in `groups`, F1 and precision over those present or predicted.
     """
     weights = weights.astype(float)
     matrix = confusion_matrix(probabilities.argmax(axis=1), groups, weights)  # R×true×predicted
@@ -57,15 +56,15 @@ def score(probabilities, groups, weights, per_face):
 
 
 def confusion_matrix(predicted, groups, weights):
-    """Counts (R, 6, 6) of true groups in rows and predicted in columns: int (N,) each, weights (R, N)."""
+    """Counts (R, 6, 6), true groups in rows: predicted, groups int (N,); weights (R, N)."""
     count = len(GROUP_NAMES)
     return (weights @ np.eye(count**2)[groups * count + predicted]).reshape(-1, count, count)
 
 
 def rank_areas(scores, positive, weights):
-    """Area under the ROC curve and average precision, each (R,), of faces that count `weights` (R, N) times.
+    """Area under the ROC curve and average precision, (R,) each; zero where a side is missing.
 
-    scores: (N,), the higher the likelier positive; positive: bool (N,). Zero where a side is missing.
+    scores: (N,), the higher the likelier positive; positive: bool (N,); weights: (R, N).
     """
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # faces of one score tie
@@ -79,15 +78,12 @@ def rank_areas(scores, positive, weights):
 
 
 def effective_faces(clusters):
-    """How many unrelated faces N faces are worth: N² / Σ m², over the m faces of each cluster, int (N,).
-
-    Near-duplicates are right or wrong together (Kish 1965, clusters of correlation 1).
-    """
+    """How many unrelated faces N faces are worth: N² / Σ m² over the m faces of each cluster (Kish 1965)."""
     return len(clusters) ** 2 / (np.unique(clusters, return_counts=True)[1] ** 2).sum()
 
 
 def wilson(share, count):
-    """The 95 % interval [low, high] of a share of `count` faces, which holds near 0 and 1 too (Wilson)."""
+    """The 95 % interval [low, high] of a share of `count` faces (Wilson 1927)."""
     middle, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
     half = Z * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return [float(max(middle - half, 0) / scale), float(min((middle + half) / scale, 1))]
@@ -96,7 +92,7 @@ def wilson(share, count):
 def resample(clusters, resamples=RESAMPLES, seed=0):
     """How often each of N faces is drawn in each bootstrap resample: int16 (resamples, N).
 
-    Clusters, int (N,), are drawn whole; by one seed alike, so that models can be compared face by face.
+    Clusters, int (N,), are drawn whole. One seed draws alike, so that models are compared face by face.
     """
     rng = np.random.default_rng(seed)
     names, index = np.unique(clusters, return_inverse=True)
@@ -113,8 +109,7 @@ def interval(draws):
 def logit_interval(value, draws):
     """The 95 % interval of a value from 0 to 1, normal in log-odds, by the deviation of draws (R,).
 
-    For average precision: copies of a face share a rank, so draws lie too high (Boyd et al. 2013). Of 300
-    faces it covers 93 % (tests/simulate_intervals.py).
+    For average precision, of which draws lie too high: copies of a face share a rank (Boyd et al. 2013).
     """
     odds = logit(np.clip([value, *draws], 1e-9, 1 - 1e-9))
     half = Z * odds[1:].std()
@@ -122,10 +117,10 @@ def logit_interval(value, draws):
 
 
 def balanced_accuracy(right, groups, clusters):
-    """Balanced accuracy of N faces, and how many unrelated faces it is worth, for `wilson`.
+    """Balanced accuracy, and of how many unrelated faces a share has the same variance, for `wilson`.
 
-    As many faces give a share of the same variance. A right and a wrong face more in each group keep that
-    above zero (Agresti and Caffo 2000). right: bool (N,); groups, clusters: int (N,).
+    right: bool (N,); groups, clusters: int (N,). A right and a wrong face more in each group keep the
+    variance above zero (Agresti and Caffo 2000).
     """
     parts = [groups == group for group in np.unique(groups)]
     shares = np.array([(right[part].sum() + 1) / (part.sum() + 2) for part in parts])
@@ -136,10 +131,9 @@ def balanced_accuracy(right, groups, clusters):
 
 
 def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
-    """How often chance alone gives as wide a gap in accuracy, were all subgroups alike: above 0, at most 1.
+    """The share of permutations of the labels that give as wide a gap in accuracy: above 0, at most 1.
 
-    right: bool (N,); labels, clusters: (N,). A permutation test, so it holds although the widest gap is
-    picked after looking. Near-duplicate groups of one size swap their labels, so they stay together.
+    right: bool (N,); labels, clusters: (N,). Clusters of one size swap their labels, so that they stay whole.
     """
     rng = np.random.default_rng(seed)
     labels = np.unique(labels, return_inverse=True)[1]
@@ -155,16 +149,15 @@ def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
 
 
 def calibration_error(confidence, right):
-    """Expected calibration error of the predicted group, 0 to 1: confidence (N,), right bool (N,)."""
+    """Expected calibration error, 0 to 1, of the predicted groups: confidence (N,), right bool (N,)."""
     sums, _ = np.histogram(confidence, BINS, (0, 1), weights=right - confidence)
     return float(np.abs(sums).sum() / len(right))
 
 
 def perfect_calibration(confidence, clusters, seed=0):
-    """The calibration error that a perfectly calibrated model would show: its mean, and 95 % range.
+    """Mean and 95 % range of the calibration error if outcomes had the probability `confidence` (N,).
 
-    It is above zero, since few faces fall into a bin. Outcomes are drawn from the confidences (N,), for
-    near-duplicates together.
+    It is above zero, since few faces fall into a bin. Faces of a cluster, int (N,), are drawn together.
     """
     rng = np.random.default_rng(seed)
     names, index = np.unique(clusters, return_inverse=True)

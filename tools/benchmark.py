@@ -9,9 +9,8 @@ and predict.py beside the released model's bare forward pass), masks (beside a b
 (the stages on a quarter, half and all of the faces). What is compared takes turns; figures are medians.
 """
 
-import importlib
 import io
-import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from contextlib import redirect_stdout
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
 import cv2
@@ -33,6 +31,9 @@ import cli
 import common
 import devices
 import finetune
+import masks
+import predict
+import synthesize
 import training
 from utkface import parse_name
 
@@ -41,37 +42,33 @@ ROW = "| {:8} | {:27} | {:>18} | {:32} |"
 PARTS = ["training", "loader", "evaluate", "masks", "growth"]
 
 
-def seconds(work) -> float:
-    """Wall time of `work()`, the GPU's included."""
-    start = perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter() - start
-
-
-def measure(part: str, works: dict, faces: int, args):
+def measure(part, works, faces, repeats):
     """Prints the faces a second of each named function, and its ratio to the first; they take turns."""
-    rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(args.repeats + 1)]
-    first = next(iter(works))
-    for name in works:
-        rate = median(faces / times[name] for times in rounds[1:])  # the first round warms up
-        ratio = median(times[first] / times[name] for times in rounds[1:])
-        beside = "" if name == first else f"{ratio:.2f} of {first}"
+    names, functions = zip(*works.items())
+    times = np.empty((repeats + 1, len(works)))
+    for turn, column in np.ndindex(times.shape):
+        start = perf_counter()
+        functions[column]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times[turn, column] = perf_counter() - start
+    times = times[-repeats:]  # the first turn warms up, unless it is the only one
+    rates, ratios = np.median(faces / times, axis=0), np.median(times[:, :1] / times, axis=0)
+    for name, rate, ratio in zip(names, rates, ratios):
+        beside = "" if name == names[0] else f"{ratio:.2f} of {names[0]}"
         print(ROW.format(part, name, f"{rate:,.1f} faces/s", beside), flush=True)
 
 
-def call(script: str, *flags):
+def call(script, *flags):
     """Runs a script's `main` in this process, without what it prints."""
-    module = importlib.import_module(script)
     with redirect_stdout(io.StringIO()):
-        module.main(cli.parse_args(module.get_parser(), [str(flag) for flag in flags]))
+        script.main(cli.parse_args(script.get_parser(), [str(flag) for flag in flags]))
 
 
 def measure_training(raw, pairs, args, device):
-    settings = cli.parse_args(finetune.get_parser(), ["--multitask", "--out", str(pairs / "model.pt")])
-    settings.epochs, settings.image_size = args.repeats + 1, args.image_size
-    settings.batch_size, settings.workers = args.batch_size, args.workers
+    flags = f"--multitask --epochs {args.repeats + 1} --image-size {args.image_size}".split()
+    flags += f"--batch-size {args.batch_size} --workers {args.workers}".split()
+    settings = cli.parse_args(finetune.get_parser(), flags)
     dataset = common.FaceDataset(pairs, args.image_size, common.supervised_augmentation)
     model = common.make_model(vars(settings), training=True)
     groups = common.build_param_groups(model, settings.lr)
@@ -89,7 +86,7 @@ def measure_training(raw, pairs, args, device):
             t.optimizer.zero_grad()
 
     works = {"bare steps": bare_steps, "finetune.py": partial(training.train_one_epoch, t, compute_losses)}
-    measure("training", works, len(t.loader) * args.batch_size, args)
+    measure("training", works, len(t.loader) * args.batch_size, args.repeats)
     t.loader = None  # its workers end
 
 
@@ -102,7 +99,7 @@ def measure_loader(raw, pairs, args, device):
         for name, workers in {"one core": 0, f"{args.workers} workers": args.workers}.items():
             loader = training.train_loader(faces, args.batch_size, args.seed, workers, device)
             works[f"{stage}, {name}"] = partial(deque, loader, maxlen=0)
-        measure("loader", works, len(loader) * args.batch_size, args)
+        measure("loader", works, len(loader) * args.batch_size, args.repeats)
 
 
 def measure_evaluate(raw, pairs, args, device):
@@ -110,7 +107,6 @@ def measure_evaluate(raw, pairs, args, device):
     dtype, size = devices.choose_precision(args.precision, device), checkpoint["preprocessing"]["image_size"]
     dataset = common.FaceDataset(pairs, size)
     batch = common.to_input(dataset.images[:256], device)
-    flags = f"--aligned --workers {args.workers} --device {args.device} --precision {args.precision}".split()
 
     @torch.inference_mode()
     def forward():
@@ -118,13 +114,14 @@ def measure_evaluate(raw, pairs, args, device):
             with devices.autocast(device, dtype):
                 common.infer(model, batch[: len(dataset) - start])
 
+    flags = f"--aligned --workers {args.workers} --device {args.device} --precision {args.precision}".split()
     works = {
         f"bare forward pass, {size} px": forward,
         "scoring in evaluate.py": partial(common.score_dataset, model, dataset, device, dtype),
         "reading in evaluate.py": partial(common.FaceDataset, pairs, size, workers=args.workers),
-        "predict.py": partial(call, "predict", raw, "--checkpoint", RELEASED, *flags),
+        "predict.py": partial(call, predict, raw, "--checkpoint", RELEASED, *flags),
     }
-    measure("evaluate", works, len(dataset), args)
+    measure("evaluate", works, len(dataset), args.repeats)
 
 
 def bare_grabcut(image):
@@ -139,18 +136,8 @@ def measure_masks(raw, pairs, args, device):
     for cores in sorted({1, max(args.workers, 1)}):
         with ThreadPool(cores) as pool:
             works = {f"bare GrabCut, {cores} at once": partial(pool.map, bare_grabcut, images)}
-            works[f"masks.py --workers {cores}"] = partial(call, "masks", *flags, cores)
-            measure("masks", works, len(images), args)
-
-
-def run_stage(script: str, *flags, cwd: Path) -> tuple[float, float]:
-    """Runs a script as a user does: seconds, and MiB of memory at most, its workers' own left out."""
-    start, command = perf_counter(), [sys.executable, cli.ROOT / f"{script}.py", *flags]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise cli.UserError(f"--only growth: {script}.py failed")
-    return perf_counter() - start, usage.ru_maxrss / 1024
+            works[f"masks.py --workers {cores}"] = partial(call, masks, *flags, cores)
+            measure("masks", works, len(images), args.repeats)
 
 
 def measure_growth(raw, pairs, args, device):
@@ -160,20 +147,26 @@ def measure_growth(raw, pairs, args, device):
         folder, faces = raw.parent / f"growth-{part}", args.faces // part
         link_faces(raw, folder / "dataset/raw", faces)
         for stage in ("masks", "split", f"pretrain {epoch}", finetuning, f"evaluate --device {args.device}"):
-            script, *flags = f"{stage} --workers {args.workers}".split()
-            taken, memory = run_stage(script, *flags, cwd=folder)
-            row = ("growth", f"{script}.py, {faces:,} faces", f"{taken:,.1f} s", f"{memory:,.0f} MiB")
-            print(ROW.format(*row), flush=True)
+            command = f"{stage} --workers {args.workers}".split()
+            work = partial(run_stage, *command, cwd=folder)
+            measure("growth", {f"{command[0]}.py, {faces:,} faces": work}, faces, repeats=0)
 
 
-def link_faces(source: Path, folder: Path, count: int):
-    """Links `count` faces, or all, evenly spread over those in `source`, into a new folder."""
+def run_stage(script, *flags, cwd):
+    """Runs a script as a user does, in the folder `cwd`."""
+    command = [sys.executable, cli.ROOT / f"{script}.py", *flags]
+    if subprocess.run(command, cwd=cwd, stdout=subprocess.DEVNULL).returncode:
+        raise cli.UserError(f"--only growth: {script}.py failed")
+
+
+def link_faces(source, folder, count):
+    """Links `count` of the faces below `source`, or all, into a new folder."""
     paths = sorted(path for path in source.rglob("*") if parse_name(path.name))
     if not paths:
         raise cli.UserError(f"--data {source} is no folder of UTKFace's faces: unpack its archive first")
     folder.mkdir(parents=True)
-    for index in np.unique(np.linspace(0, len(paths) - 1, count).astype(int)):
-        (folder / paths[index].name).symlink_to(paths[index].resolve())
+    for path in random.Random(0).sample(paths, min(count, len(paths))):
+        (folder / path.name).symlink_to(path.resolve())
 
 
 def get_parser():
@@ -198,8 +191,8 @@ def main(args):
         if args.data:
             link_faces(Path(args.data), raw, args.faces)
         else:
-            call("synthesize", "--output", raw, "--count", args.faces, "--workers", args.workers)
-        call("masks", "--input", raw, "--output", pairs, "--workers", args.workers)
+            call(synthesize, "--output", raw, "--count", args.faces, "--workers", args.workers)
+        call(masks, "--input", raw, "--output", pairs, "--workers", args.workers)
         print(ROW.format("part", "what", "figure", "beside"), ROW.format(*["---"] * 4), sep="\n")
         for part in dict.fromkeys(args.only):
             globals()[f"measure_{part}"](raw, pairs, args, device)

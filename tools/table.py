@@ -30,7 +30,7 @@ import cli
 from cli import UserError
 from common import FaceDataset, load_checkpoint
 from devices import choose_device
-from evaluate import measure, score_model, warn_of_seen, write_results
+from evaluate import measure, score_model, write_results
 from metrics import METRICS, interval
 from utkface import list_pairs
 
@@ -41,6 +41,7 @@ LR_STRATEGIES = ("uniform", "differentiated")
 
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro")
 COLUMNS = (*COMPARED, "precision_macro", "ap_macro", "within_one_group", "mae_years", "mask_iou")
+ELSEWHERE = ("init", "lr_strategy", "multitask", "pretraining positives")  # in columns of their own
 DIFFERENCES = """
 Differences in points, with 95 % intervals: below three seeds a side paired over faces, for these models only;
 from three on for other seeds (Student's t). One in twenty misses zero by chance alone.
@@ -92,42 +93,41 @@ def describe(checkpoint):
 
     A path counts by where it leads, and what is false, zero or empty is off.
     """
-    config, pretraining = dict(checkpoint["config"]), dict(checkpoint["pretraining"])
-    start = config.pop("init", "")
+    config, pretraining = checkpoint["config"], checkpoint["pretraining"]
+    start = config.get("init", "")
     if "positives" in pretraining:
-        start = f"contrastive ({pretraining.pop('positives')})"
+        start = f"contrastive ({pretraining['positives']})"
     elif pretraining:
         start = "fine-tuned"
     columns = {
-        "LR strategy": config.pop("lr_strategy", ""),
-        "Task": "multitask" if config.pop("multitask", False) else "classification",
+        "LR strategy": config.get("lr_strategy", ""),
+        "Task": "multitask" if config.get("multitask") else "classification",
         "Pretrained weights": "ImageNet" if start == "imagenet" else start,
     }
     settings = {}
-    for prefix, stage in (("", config), ("pretraining ", pretraining)):
-        for key, value in stage.items():
-            if key == "data" or (key == "init" and value not in ("random", "imagenet")):
-                value = os.path.relpath(os.path.realpath(str(value)))
-            if key not in ("seed", "init_sha256"):
-                settings[prefix + key] = str(value or "off")
+    for key, value in (config | {f"pretraining {key}": value for key, value in pretraining.items()}).items():
+        if key in ("data", "pretraining data", "pretraining init") and value not in ("random", "imagenet"):
+            value = os.path.relpath(os.path.realpath(str(value)))
+        if key not in ELSEWHERE and not key.endswith(("seed", "init_sha256")):
+            settings[key] = str(value or "off")
     return columns, settings
 
 
 def group_by_configuration(many):
     """Sorts scored models by configuration: [(the table's first columns, runs)], and what all share."""
-    described = [(*describe(scored.checkpoint), scored) for scored in many]
-    values = {}  # of each setting
-    for key in sorted({key for _, settings, _ in described for key in settings}):
-        for _, settings, scored in described:
+    described = [describe(scored.checkpoint) for scored in many]
+    keys = sorted(set().union(*(settings for _, settings in described)))
+    for scored, (_, settings) in zip(many, described):
+        for key in keys:  # those that a run did not know yet are off
             if scored.checkpoint["pretraining"] or not key.startswith("pretraining "):
-                settings.setdefault(key, "off")  # a setting that the run did not know yet
-                values.setdefault(key, set()).add(settings[key])
+                settings.setdefault(key, "off")
+    values = {key: {settings[key] for _, settings in described if key in settings} for key in keys}
     shared = {key: found.pop() for key, found in values.items() if len(found) == 1}
     groups = {}
-    for columns, settings, scored in described:
-        if len(shared) < len(values):
-            own = [key for key in values if key in settings and key not in shared]
-            columns["Other settings"] = ", ".join(f"{key.replace('_', '-')} {settings[key]}" for key in own)
+    for scored, (columns, settings) in zip(many, described):
+        own = [f"{key.replace('_', '-')} {settings[key]}" for key in keys if key in settings.keys() - shared]
+        if len(shared) < len(keys):
+            columns["Other settings"] = ", ".join(own)
         groups.setdefault(tuple(columns.items()), []).append(scored)
     return [(dict(columns), sorted(runs, key=seed_of)) for columns, runs in groups.items()], shared
 
@@ -141,22 +141,24 @@ def compare(first, second):
 
     Each side is a list over S seeds of (value, bootstrap draws (R,)), on the same faces and resamples. Below
     three seeds a side the interval is the paired bootstrap's over faces, for these trained models only. From
-    three on it is Student's t, for other seeds and other faces, by the variance of two crossed factors
-    (Cameron et al. 2011): s²/S over the seeds of each side, plus the bootstrap's over faces, less the part of
-    the latter that seeds do not share, which is in both; never below the faces' own. Degrees of freedom after
-    Welch and Satterthwaite, the faces' part taken as known.
+    three on it is Student's t by Welch and Satterthwaite, with the variance of two crossed factors (Cameron
+    et al. 2011): over seeds, plus over faces, less what faces add to the former; at least that over faces.
     """
     values = [np.array([value for value, _ in runs], float) for runs in (first, second)]  # None is NaN
     draws = [np.stack([drawn for _, drawn in runs]) for runs in (first, second)]  # S×R each
     difference = float(values[0].mean() - values[1].mean())
     drawn = draws[0].mean(axis=0) - draws[1].mean(axis=0)  # R
-    if min(map(len, values)) < 3 or np.isnan(difference):
+    if min(len(first), len(second)) < 3 or np.isnan(difference):
         return difference, interval(drawn), False
-    over_seeds, over_faces = [v.var(ddof=1) / len(v) for v in values], np.nanvar(drawn)
-    in_both = sum(np.nanmean((d - v[:, None]).var(axis=0, ddof=1)) / len(v) for v, d in zip(values, draws))
-    variance = max(sum(over_seeds) + over_faces - in_both, over_faces)
-    spread = sum(part**2 / (len(v) - 1) for part, v in zip(over_seeds, values))
-    half = stats.t.ppf(0.975, variance**2 / max(spread, 1e-300)) * variance**0.5 if variance else 0.0
+    over_seeds, in_both, spread, over_faces = 0, 0, 0, np.nanvar(drawn)
+    for value, draw in zip(values, draws):  # S, S×R
+        variance = value.var(ddof=1) / len(value)
+        over_seeds += variance
+        spread += variance**2 / (len(value) - 1)
+        in_both += np.nanmean((draw - value[:, None]).var(axis=0, ddof=1)) / len(value)
+    variance = max(over_seeds + over_faces - in_both, over_faces)
+    degrees = variance**2 / max(spread, 1e-300)
+    half = stats.t.ppf(0.975, degrees) * variance**0.5 if variance else 0.0
     return difference, [difference - half, difference + half], True
 
 
@@ -182,8 +184,10 @@ def format_difference(difference, ends):
     return f"{difference} [{low}, {high}]"
 
 
-def markdown(header, rows):
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
+def markdown(rows):
+    """A Markdown table of dicts with the same keys."""
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def make_table(many, folder):
@@ -195,27 +199,23 @@ def make_table(many, folder):
         if len(set(seeds)) < len(seeds):
             names = ", ".join(str(scored.path) for scored in runs)
             print(f"warning: seeds of one configuration, two of them alike: {names}", file=sys.stderr)
-        cells = [format_metric(runs, name) for name in COLUMNS]
-        rows.append([*columns.values(), *cells, ", ".join(map(str, seeds))])
+        cells = {METRICS[name]: format_metric(runs, name) for name in COLUMNS}
+        rows.append(columns | cells | {"Seeds": ", ".join(map(str, seeds))})
     for (first, runs), (second, others) in combinations(configurations, 2):
         differ = [key for key in first if first[key] != second[key]]
         if len(differ) > 1 and len(configurations) > 2:
             continue
         what = " − ".join(", ".join(side[key] for key in differ) for side in (second, first))
-        pair = [what, ", ".join(value for key, value in first.items() if key not in differ)]
+        row = {"Difference": what, "Where": ", ".join(first[key] for key in first if key not in differ)}
         for name in COMPARED:
             sides = ([(s.summary[name]["value"], s.draws[name]) for s in side] for side in (others, runs))
             difference, ends, general = compare(*sides)
-            pair.append(format_difference(difference, ends))
-        pairs.append([*pair, "other seeds" if general else "these trained models only"])
+            row[METRICS[name]] = format_difference(difference, ends)
+        pairs.append(row | {"Holds for": "other seeds" if general else "these trained models only"})
     text = f"In percent, on {len(many[0].faces)} faces of {folder}: mean ± standard deviation over seeds, "
     text += "or for one seed [95 % interval over faces].\n"
-    text += f"All: {', '.join(f'{key} {value}' for key, value in shared.items())}.\n\n"
-    text += markdown([*configurations[0][0], *(METRICS[name] for name in COLUMNS), "Seeds"], rows)
-    if pairs:
-        text += DIFFERENCES
-        text += markdown(["Difference", "Where", *(METRICS[name] for name in COMPARED), "Holds for"], pairs)
-    return text
+    text += f"All: {', '.join(f'{key} {value}' for key, value in shared.items())}.\n\n" + markdown(rows)
+    return text + DIFFERENCES + markdown(pairs) if pairs else text
 
 
 def get_parser():
@@ -237,7 +237,7 @@ def get_parser():
 def main(args):
     device, results, folder = choose_device(args.device), Path(args.results), Path(args.data) / args.split
     cli.check_writable("--results", results)
-    failed, many, skipped, unreadable = [], [], [], 0
+    failed = []
     if args.model:
         list_pairs(folder, need_masks=False)  # what ails the faces is said once, not for each model
         models = list({os.path.abspath(path): Path(path) for path in args.model}.values())
@@ -246,6 +246,7 @@ def main(args):
         models, failed = train_rows(args)
     top = os.path.commonpath([os.path.abspath(path.parent) for path in models])
     read = cache(FaceDataset)  # once for all models
+    many, skipped, unreadable = [], [], 0
     for path in cli.progress(models, "models", unit="model"):
         try:
             unfinished = path.name.endswith(".last.pt")
@@ -259,7 +260,6 @@ def main(args):
             continue
         measure(scored, args.seed)
         write_results(scored, results / os.path.relpath(path, top).removesuffix(".pt"))
-        warn_of_seen(scored)
         many.append(scored)
     if not many:
         raise UserError(f"none of the {len(models)} files is a model that can be scored")
@@ -270,9 +270,8 @@ def main(args):
     print("\n" + text)
     if skipped:
         print(f"skipped, being no finished models: {', '.join(skipped)}")
-    line = f"{results} written: table.md, and a folder for each of {len(many)} models"
-    counts = {"not trained": len(failed), "not scored": unreadable}
-    print(line + "".join(f", {count} {what}" for what, count in counts.items() if count))
+    counts = f"{len(many)} models, {len(failed)} not trained, {unreadable} not scored"
+    print(f"{results} written: table.md, and a folder for each of {counts}")
     if unreadable or failed:
         sys.exit(1)
 
