@@ -53,29 +53,24 @@ class Evaluation:
     subgroups: list[dict] = field(init=False)  # rows of subgroups.csv
 
     def __post_init__(self):
-        scores, self.years = self.scores, {}  # columns of predictions.csv
+        scores, self.years = self.scores, {}
         self.groups = np.array([face.group for face in self.faces])  # true, int (N,)
         self.probabilities = scores.logits.double().softmax(dim=1).numpy()  # N×6
         self.predicted, self.confidence = self.probabilities.argmax(axis=1), self.probabilities.max(axis=1)
         self.right = self.predicted == self.groups
-        self.per_face = {  # the metrics that are means over faces: {metric: (N,)}
-            "accuracy": self.right.astype(float),
-            "within_one_group": (np.abs(self.predicted - self.groups) <= 1).astype(float),
-        }
+        near = np.abs(self.predicted - self.groups) <= 1
+        self.per_face = {"accuracy": self.right, "within_one_group": near}  # whose means are metrics: N each
         if scores.ages is not None:
             ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
             self.years = {"predicted_age": ages, "age_low": low, "age_high": high}
             true, spread = np.array([(face.age, face.spread) for face in self.faces]).T  # N each
             error = np.maximum(np.abs(ages - true) - spread, 0)  # from the nearest year of a range
-            self.per_face["mae_years"] = error
-            self.per_face["within_five_years"] = (error <= 5).astype(float)
-            self.per_face["range_width"] = high - low
+            self.per_face |= {"mae_years": error, "within_five_years": error <= 5, "range_width": high - low}
             if not spread.any():  # a range tells no coverage
                 year = np.minimum(np.floor(true + 0.5), YEARS - 1)  # as the model learns it
-                self.per_face["range_coverage"] = ((low <= year) & (year <= high)).astype(float)
+                self.per_face["range_coverage"] = (low <= year) & (year <= high)
         if scores.mask_iou is not None:
-            self.per_face["mask_iou"] = scores.mask_iou.numpy()
-            self.per_face["mask_dice"] = scores.mask_dice.numpy()
+            self.per_face |= {"mask_iou": scores.mask_iou.numpy(), "mask_dice": scores.mask_dice.numpy()}
 
 
 def read_split_table(data, files):
@@ -121,12 +116,13 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     one_group = dataset.groups >= 0
     seen = np.isin(clusters, clusters[learned | selected_on]) | near_train | near_val
     kept = one_group & ~seen if unseen else one_group
+    across = int((~one_group).sum())
     if not kept.any():
-        lost = f"the range of ages of {(~one_group).sum()} crosses groups, and --unseen leaves out the others"
+        lost = f"the range of ages of {across} crosses groups, and --unseen leaves out the others"
         raise UserError(f"0 of {len(kept)} faces of {folder} remain for {path}: {lost}")
     summary = {
         "n": int(kept.sum()),
-        "left_out_across_groups": int((~one_group).sum()),
+        "left_out_across_groups": across,
         "left_out_by_unseen": int((one_group & ~kept).sum()),
         "seen_in_training": int(learned[kept].sum()),
         "chose_the_epoch": int(selected_on[kept].sum()),
@@ -241,10 +237,10 @@ def plot_confusion_matrix(scored):
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(6.6, 6.4), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1.6)  # so that black can be read on all of it
     for (row, column), share in np.ndenumerate(shares):
-        text, color = f"{counts[row, column]}\n{share:.1%}", "white" if share > 0.5 else "black"
-        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
+        text = f"{counts[row, column]}\n{share:.1%}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=9)
     axis.set_xticks(range(len(GROUP_NAMES)), GROUP_NAMES, rotation=30, ha="right")
     axis.set_yticks(range(len(GROUP_NAMES)), GROUP_NAMES)
     title = f"{len(scored.faces)} faces, accuracy {scored.right.mean():.1%}; shares are of the true group"
@@ -256,16 +252,14 @@ def plot_subgroups(scored):
     """Accuracies and coverage of subgroups with their intervals, small subgroups hollow."""
     rows = scored.subgroups
     shown = [metric for metric in SUBGROUP_METRICS if metric in rows[0]]
+    inside = ["white" if row["small"] else "C0" for row in rows]
     figure = Figure(figsize=(4.3 * len(shown), 1.6 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True)
-    kinds = list(dict.fromkeys(row["by"] for row in rows))
-    colors = [f"C{kinds.index(row['by'])}" for row in rows]
-    inside = ["white" if row["small"] else color for row, color in zip(rows, colors)]
     for axis, metric in zip(axes, shown):
         value, low, high = ([row[metric + end] for row in rows] for end in ("", "_low", "_high"))
         axis.axvline(scored.summary[metric]["value"], color="0.6", linestyle="--")
-        axis.hlines(range(len(rows)), low, high, colors=colors)
-        axis.scatter(value, range(len(rows)), edgecolors=colors, facecolors=inside, zorder=2)
+        axis.hlines(range(len(rows)), low, high)
+        axis.scatter(value, range(len(rows)), edgecolors="C0", facecolors=inside, zorder=2)
         axis.set(title=metric.replace("_", " "), ylim=(len(rows) - 0.5, -0.5))
         axis.xaxis.set_major_formatter("{x:.0%}")
         axis.grid(axis="y", alpha=0.3)
@@ -276,23 +270,21 @@ def plot_subgroups(scored):
 
 def plot_reliability(scored):
     """Accuracy against confidence, in bins, and the number of faces in each."""
+    error = scored.summary["expected_calibration_error"]
     low, high = scored.summary["calibration_error_if_perfect"]["range95"]
-    error = f"calibration error {scored.summary['expected_calibration_error']:.1%}"
     bins = {"bins": metrics.BINS, "range": (0, 1)}
     columns = [scored.confidence, scored.right]
     means = binned_statistic(scored.confidence, columns, **bins).statistic  # 2×BINS, NaN if empty
-    enough = np.histogram(scored.confidence, **bins)[0] >= FEW
     figure = Figure(figsize=(5.6, 6.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
-    label = f"the model: {error}\n(a perfect one's: {low:.1%} to {high:.1%})"
-    top.plot(*means[:, enough], "o-", color="C0", label=label)
-    top.plot(*means[:, ~enough], "o", color="C0", fillstyle="none")
-    top.set(ylabel="accuracy", title=f"{len(scored.faces)} faces", xlim=(0, 1), ylim=(0, 1))
-    top.legend(loc="upper left", fontsize=9)
-    bottom.hist(scored.confidence, **bins)
-    note = f"hollow above: fewer than {FEW} faces"
-    bottom.set(xlabel=f"confidence in the predicted group; {note}", ylabel="faces")
+    counts, *_ = bottom.hist(scored.confidence, **bins)
+    top.plot([0, 1], [0, 1], color="0.6", linestyle="--")
+    top.plot(*means[:, counts >= FEW], "o-", color="C0")
+    top.plot(*means[:, counts < FEW], "o", color="C0", fillstyle="none")
+    title = f"calibration error {error:.1%}, of a perfect model {low:.1%} to {high:.1%}"
+    top.set(ylabel="accuracy", title=f"{len(scored.faces)} faces\n{title}", xlim=(0, 1), ylim=(0, 1))
+    bottom.set(xlabel="confidence in the predicted group", ylabel="faces")
+    figure.supxlabel(f"dashed: perfect calibration; hollow: fewer than {FEW} faces", fontsize=9)
     return figure
 
 
@@ -302,12 +294,12 @@ def plot_mistakes(scored, count=40):
     chosen = wrong[np.argsort(-scored.confidence[wrong], kind="stable")][:count]
     figure = Figure(figsize=(14, 11.75), layout="constrained")
     for place, i in enumerate(chosen, start=1):
-        face, taken = scored.faces[i], GROUP_NAMES[scored.predicted[i]]
+        face, sure = scored.faces[i], f"{scored.confidence[i]:.0%} sure"
+        true, taken = GROUP_NAMES[face.group], GROUP_NAMES[scored.predicted[i]]
         axis = figure.add_subplot(5, 8, place)
         axis.axis("off")
         axis.imshow(read_image(scored.folder / f"{face.stem}_image.png")[:, :, ::-1])
-        true = f"{GROUP_NAMES[face.group]} ({face.age})"
-        axis.set_title(f"{true}\ntaken for {taken}\n{scored.confidence[i]:.0%} sure", fontsize=8)
+        axis.set_title(f"{true} ({face.age})\ntaken for {taken}\n{sure}", fontsize=8)
     figure.suptitle(f"{len(chosen)} of {len(wrong)} mistakes, the most confident first; labels may be wrong")
     return figure
 
@@ -330,7 +322,7 @@ def write_results(scored, out):
 
 
 def print_results(scored):
-    """Prints what `measure` has found of one model: metrics, calibration, leaks, subgroups and gaps."""
+    """Prints metrics, calibration, what is to be known of the faces, and gaps between subgroups."""
     summary = scored.summary
     print(f"{scored.path} on {summary['n']} faces of {scored.folder}, 95 % intervals:")
     for name, label in metrics.METRICS.items():
@@ -356,19 +348,15 @@ def print_results(scored):
         "near-duplicates of faces that the model has learned from": leaks["n"],
         "accuracy on these": leaks["n"] and f"{leaks['accuracy']:.2%}",
     }
-    for what, value in notes.items():
-        if value:
-            print(f"  {what}: {value}")
-    print(f"\n  accuracy of subgroups; little can be said of fewer than {SMALL} faces (*)")
-    for row in scored.subgroups:
-        name = f"{row['subgroup']:16}{row['n']:6}{'*' if row['small'] else ' '}"
-        print(f"  {name}{row['accuracy']:9.1%}  [{row['accuracy_low']:.1%}, {row['accuracy_high']:.1%}]")
     for gap in summary["widest_gaps"]:
         points = f"{100 * gap['difference']:.1f} points of accuracy"
         found = f"{gap['highest']} above {gap['lowest']} by {points}"
         if gap["p"] > 0.05:
             found = f"at most {points} apart, no more than chance may give"
-        print(f"  by {gap['by']}: {found} (p = {gap['p']:.3f})")
+        notes[f"by {gap['by']}"] = f"{found} (p = {gap['p']:.3f})"
+    for what, value in notes.items():
+        if value:
+            print(f"  {what}: {value}")
 
 
 def get_parser():

@@ -79,7 +79,7 @@ def rank_areas(scores, positive, weights):
 
 def effective_faces(clusters):
     """How many unrelated faces N faces are worth: N² / Σ m² over the m faces of each cluster (Kish 1965)."""
-    return len(clusters) ** 2 / (np.unique(clusters, return_counts=True)[1] ** 2).sum()
+    return len(clusters) ** 2 / (np.bincount(clusters) ** 2).sum()
 
 
 def wilson(share, count):
@@ -137,9 +137,9 @@ def gap_p_value(right, labels, clusters, seed=0, shuffles=RESAMPLES):
     """
     rng = np.random.default_rng(seed)
     labels = np.unique(labels, return_inverse=True)[1]
-    counts, sizes = np.bincount(labels), np.unique(clusters, return_counts=True)[1]
-    order, size_of = np.argsort(clusters, kind="stable"), np.repeat(sizes, sizes)
-    blocks = [order[size_of == size].reshape(-1, size) for size in np.unique(sizes)]  # clusters×size each
+    counts, order = np.bincount(labels), np.argsort(clusters, kind="stable")
+    sizes = np.bincount(clusters)[clusters[order]]  # of each face's cluster
+    blocks = [order[sizes == size].reshape(-1, size) for size in np.unique(sizes)]  # clusters×size each
     gaps, shuffled = [np.ptp(np.bincount(labels, right) / counts)], labels.copy()
     for _ in range(shuffles):
         for block in blocks:

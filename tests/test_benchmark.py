@@ -70,7 +70,8 @@ def test_medians_of_turns_without_the_first(monkeypatch, capsys):
         order.append(name)
         clock[0] += next(took[name])
 
-    benchmark.measure("part", {name: partial(work, name) for name in "ab"}, 60, repeats=3)
+    args = parse_args(benchmark.get_parser(), ["--repeats", "3"])
+    benchmark.measure("part", {name: partial(work, name) for name in "ab"}, 60, args)
     printed = table("| head |\n| --- |\n" + capsys.readouterr().out)
     assert "".join(order) == "abababab" and printed == [["a", "30.0", ""], ["b", "30.0", "1.00"]]
 
@@ -81,13 +82,15 @@ def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, mo
     def run_stage(script, *flags, cwd):
         parse_args(importlib.import_module(script).get_parser(), list(flags))
         done.append((script, len(list((cwd / "dataset/raw").iterdir()))))
+        return 2.0, 300.0
 
     monkeypatch.setattr(benchmark, "run_stage", run_stage)
     code, printed, err = cli("benchmark", *FAST, "growth", "--data", drawn / "dataset/raw")
     stages = ["masks", "split", "pretrain", "finetune", "evaluate"]
     assert code == 0 and done == [(stage, count) for count in (5, 10, 20) for stage in stages], err
-    assert [row[0] for row in table(printed)] == [f"{stage}.py," for stage, _ in done]
+    assert table(printed) == [[f"{stage}.py,", "2.0", "300"] for stage, _ in done]
     refuse("benchmark", "--data", tmp_path, words=["--data", str(tmp_path)])
-    run("split", "-h", cwd=tmp_path)
     with pytest.raises(UserError, match=r"split\.py"):
         run("split", "--input", "nowhere", cwd=tmp_path)
+    took, memory = run("split", "-h", cwd=tmp_path)
+    assert 0 < took < 600 and 20 < memory < 2000

@@ -121,7 +121,6 @@ def scored(accuracy, checkpoint, path="m.pt"):
         name: {"value": value, "ci95": value and [value - 0.02, value + 0.03]}
         for name, value in metrics.items()
     }
-    summary |= {"seen_in_training": 0, "chose_the_epoch": 0}
     values = {"draws": draws, "summary": summary, "checkpoint": checkpoint}
     return SimpleNamespace(path=path, faces=[None] * 9, **values)
 
@@ -171,10 +170,11 @@ def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkey
     flags = ["--data", tmp_path / "d", "--split", "val", "--results", tmp_path / "r", *FLAGS]
     code, out, err = cli("table", *sorted(runs.glob("*.pt")), *flags, "--seed", 1)
     assert code == 1 and err.count("\n") == 1 and err.startswith("table.py: error: ") and "bad.pt" in err
-    assert "skipped, being no finished models: a0.last.pt, c.pt\n" in out and "1 not scored" in out
+    assert "skipped, being no finished models: a0.last.pt, c.pt\n" in out and "models; 1 failed" in out
     assert len(read) == 2  # once with masks, once without
     names = ["a0", "a1", "run.v1", "run.v2"]
     assert {path.name for path in (tmp_path / "r").iterdir()} == {*names, "table.md"}
+    assert "Not scored: bad.pt (" in (tmp_path / "r/table.md").read_text()
     scores = [json.loads((tmp_path / f"r/{name}/metrics.json").read_text()) for name in names]
     two, one, other = read_table(tmp_path / "r/table.md", "LR strategy")
     assert (two["Task"], two["Seeds"], two["Pretrained weights"]) == ("multitask", "0, 1", "random")
@@ -243,7 +243,7 @@ def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, call
     flags = ["--data", "d", "--config", "c.yaml", "--device", "cpu", "--workers", 0, "--precision", "bf16"]
     flags += ["--weights", "random", "rank", "age", "--tasks", "multitask", "--seeds", 3, 4]
     code, out, _ = cli("table", *flags, cwd=tmp_path)
-    assert code == 1 and "6 models, 6 not trained" in out.splitlines()[-1]
+    assert code == 1 and "6 models; 6 failed" in out.splitlines()[-1]
     text = (tmp_path / "results/table.md").read_text()
     for seed in (3, 4):
         for name, script in (
@@ -276,7 +276,7 @@ def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, call
 def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls, refuse, monkeypatch):
     monkeypatch.setattr(table, "call", lambda script, *flags: calls.append((script, flags)) or "no face")
     code, _, err = cli("table", "--seeds", 0, "--overwrite", *FLAGS, cwd=tmp_path)
-    assert code == 2 and err == "table.py: error: no row was trained: no face\n"
+    assert code == 2 and err.startswith("table.py: error: no row was trained. ") and "(no face)\n" in err
     assert [script for script, _ in calls] == [*["finetune"] * 8, *["pretrain"] * 3]
     assert all("--overwrite" in flags and "--resume" not in flags for _, flags in calls)
     for _, flags in calls[:8]:

@@ -10,6 +10,7 @@ and predict.py beside the released model's bare forward pass), masks (beside a b
 """
 
 import io
+import os
 import random
 import subprocess
 import sys
@@ -42,17 +43,17 @@ ROW = "| {:8} | {:27} | {:>18} | {:32} |"
 PARTS = ["training", "loader", "evaluate", "masks", "growth"]
 
 
-def measure(part, works, faces, repeats):
+def measure(part, works, faces, args):
     """Prints the faces a second of each named function, and its ratio to the first; they take turns."""
     names, functions = zip(*works.items())
-    times = np.empty((repeats + 1, len(works)))
+    times = np.empty((args.repeats + 1, len(works)))
     for turn, column in np.ndindex(times.shape):
         start = perf_counter()
         functions[column]()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times[turn, column] = perf_counter() - start
-    times = times[-repeats:]  # the first turn warms up, unless it is the only one
+    times = times[1:]  # the first turn warms up
     rates, ratios = np.median(faces / times, axis=0), np.median(times[:, :1] / times, axis=0)
     for name, rate, ratio in zip(names, rates, ratios):
         beside = "" if name == names[0] else f"{ratio:.2f} of {names[0]}"
@@ -86,7 +87,7 @@ def measure_training(raw, pairs, args, device):
             t.optimizer.zero_grad()
 
     works = {"bare steps": bare_steps, "finetune.py": partial(training.train_one_epoch, t, compute_losses)}
-    measure("training", works, len(t.loader) * args.batch_size, args.repeats)
+    measure("training", works, len(t.loader) * args.batch_size, args)
     t.loader = None  # its workers end
 
 
@@ -99,7 +100,7 @@ def measure_loader(raw, pairs, args, device):
         for name, workers in {"one core": 0, f"{args.workers} workers": args.workers}.items():
             loader = training.train_loader(faces, args.batch_size, args.seed, workers, device)
             works[f"{stage}, {name}"] = partial(deque, loader, maxlen=0)
-        measure("loader", works, len(loader) * args.batch_size, args.repeats)
+        measure("loader", works, len(loader) * args.batch_size, args)
 
 
 def measure_evaluate(raw, pairs, args, device):
@@ -121,23 +122,22 @@ def measure_evaluate(raw, pairs, args, device):
         "reading in evaluate.py": partial(common.FaceDataset, pairs, size, workers=args.workers),
         "predict.py": partial(call, predict, raw, "--checkpoint", RELEASED, *flags),
     }
-    measure("evaluate", works, len(dataset), args.repeats)
-
-
-def bare_grabcut(image):
-    """One iteration of cv2.grabCut at 64×64, and nothing else."""
-    labels, models = np.zeros((64, 64), np.uint8), np.zeros((2, 1, 65))
-    cv2.grabCut(image, labels, (8, 2, 48, 60), models[0], models[1], 1, cv2.GC_INIT_WITH_RECT)
+    measure("evaluate", works, len(dataset), args)
 
 
 def measure_masks(raw, pairs, args, device):
     images = [cv2.resize(cv2.imread(str(path)), (64, 64)) for path in raw.iterdir()]
     flags = ["--input", raw, "--output", pairs, "--overwrite", "--workers"]
+
+    def bare_grabcut(image):
+        labels, models = np.zeros((64, 64), np.uint8), np.zeros((2, 1, 65))
+        cv2.grabCut(image, labels, (8, 2, 48, 60), models[0], models[1], 1, cv2.GC_INIT_WITH_RECT)
+
     for cores in sorted({1, max(args.workers, 1)}):
         with ThreadPool(cores) as pool:
             works = {f"bare GrabCut, {cores} at once": partial(pool.map, bare_grabcut, images)}
             works[f"masks.py --workers {cores}"] = partial(call, masks, *flags, cores)
-            measure("masks", works, len(images), args.repeats)
+            measure("masks", works, len(images), args)
 
 
 def measure_growth(raw, pairs, args, device):
@@ -147,16 +147,20 @@ def measure_growth(raw, pairs, args, device):
         folder, faces = raw.parent / f"growth-{part}", args.faces // part
         link_faces(raw, folder / "dataset/raw", faces)
         for stage in ("masks", "split", f"pretrain {epoch}", finetuning, f"evaluate --device {args.device}"):
-            command = f"{stage} --workers {args.workers}".split()
-            work = partial(run_stage, *command, cwd=folder)
-            measure("growth", {f"{command[0]}.py, {faces:,} faces": work}, faces, repeats=0)
+            script, *flags = f"{stage} --workers {args.workers}".split()
+            taken, memory = run_stage(script, *flags, cwd=folder)
+            figures = f"{taken:,.1f} s", f"{memory:,.0f} MiB"
+            print(ROW.format("growth", f"{script}.py, {faces:,} faces", *figures), flush=True)
 
 
 def run_stage(script, *flags, cwd):
-    """Runs a script as a user does, in the folder `cwd`."""
-    command = [sys.executable, cli.ROOT / f"{script}.py", *flags]
-    if subprocess.run(command, cwd=cwd, stdout=subprocess.DEVNULL).returncode:
+    """Runs a script as a user does: seconds, and MiB of memory at most, its workers' own left out."""
+    start, command = perf_counter(), [sys.executable, cli.ROOT / f"{script}.py", *flags]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
         raise cli.UserError(f"--only growth: {script}.py failed")
+    return perf_counter() - start, usage.ru_maxrss / 1024
 
 
 def link_faces(source, folder, count):

@@ -41,7 +41,8 @@ LR_STRATEGIES = ("uniform", "differentiated")
 
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro")
 COLUMNS = (*COMPARED, "precision_macro", "ap_macro", "within_one_group", "mae_years", "mask_iou")
-ELSEWHERE = ("init", "lr_strategy", "multitask", "pretraining positives")  # in columns of their own
+APART = ("init", "lr_strategy", "multitask", "pretraining positives")  # settings in columns of their own
+APART += ("seed", "init_sha256", "pretraining seed", "pretraining init_sha256")  # and those of no matter
 DIFFERENCES = """
 Differences in points, with 95 % intervals: below three seeds a side paired over faces, for these models only;
 from three on for other seeds (Student's t). One in twenty misses zero by chance alone.
@@ -64,7 +65,7 @@ def call(script, *flags):
 
 
 def train_rows(args):
-    """Trains every row and seed that is asked for: the checkpoints, and (name, error) of what failed."""
+    """Trains every row and seed that is asked for: the checkpoints, and a line on each that failed."""
     out, models, failed = Path(args.out), [], []
     training = ["--data", args.data, "--workers", args.workers, "--device", args.device]
     training += ["--precision", args.precision, "--overwrite" if args.overwrite else "--resume"]
@@ -80,11 +81,11 @@ def train_rows(args):
             flags += ["--init", start, "--seed", seed, "--out", path]
             error = lost or call("finetune", *training, *flags)
             if error:
-                failed.append((path.stem, error))
+                failed.append(f"Not trained: {path.stem} ({error})")
             else:
                 models.append(path)
     if not models:
-        raise UserError(f"no row was trained: {failed[0][1]}")
+        raise UserError(f"no row was trained. {failed[0]}")
     return models, failed
 
 
@@ -104,13 +105,11 @@ def describe(checkpoint):
         "Task": "multitask" if config.get("multitask") else "classification",
         "Pretrained weights": "ImageNet" if start == "imagenet" else start,
     }
-    settings = {}
-    for key, value in (config | {f"pretraining {key}": value for key, value in pretraining.items()}).items():
-        if key in ("data", "pretraining data", "pretraining init") and value not in ("random", "imagenet"):
-            value = os.path.relpath(os.path.realpath(str(value)))
-        if key not in ELSEWHERE and not key.endswith(("seed", "init_sha256")):
-            settings[key] = str(value or "off")
-    return columns, settings
+    settings = config | {f"pretraining {key}": value for key, value in pretraining.items()}
+    for key in ("data", "pretraining data", "pretraining init"):
+        if settings.get(key, "random") not in ("random", "imagenet"):
+            settings[key] = os.path.relpath(os.path.realpath(str(settings[key])))
+    return columns, {key: str(value or "off") for key, value in settings.items() if key not in APART}
 
 
 def group_by_configuration(many):
@@ -246,7 +245,7 @@ def main(args):
         models, failed = train_rows(args)
     top = os.path.commonpath([os.path.abspath(path.parent) for path in models])
     read = cache(FaceDataset)  # once for all models
-    many, skipped, unreadable = [], [], 0
+    many, skipped = [], []
     for path in cli.progress(models, "models", unit="model"):
         try:
             unfinished = path.name.endswith(".last.pt")
@@ -256,23 +255,21 @@ def main(args):
             scored = score_model(path, folder, device, torch.float32, args.workers, read=read)
         except UserError as error:
             print(f"table.py: error: {error}", file=sys.stderr)
-            unreadable += 1
+            failed.append(f"Not scored: {path.name} ({error})")
             continue
         measure(scored, args.seed)
         write_results(scored, results / os.path.relpath(path, top).removesuffix(".pt"))
         many.append(scored)
     if not many:
         raise UserError(f"none of the {len(models)} files is a model that can be scored")
-    text = make_table(many, folder)
-    text += "".join(f"\nNot trained: {name} ({error})\n" for name, error in failed)
+    text = make_table(many, folder) + "".join(f"\n{line}\n" for line in failed)
     with cli.atomic_path(results / "table.md", sync=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print("\n" + text)
     if skipped:
         print(f"skipped, being no finished models: {', '.join(skipped)}")
-    counts = f"{len(many)} models, {len(failed)} not trained, {unreadable} not scored"
-    print(f"{results} written: table.md, and a folder for each of {counts}")
-    if unreadable or failed:
+    print(f"{results} written: table.md, and a folder for each of {len(many)} models; {len(failed)} failed")
+    if failed:
         sys.exit(1)
 
 
