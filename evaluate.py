@@ -16,7 +16,6 @@ import sys
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names a backend that this Python may not have
@@ -53,7 +52,8 @@ class Evaluation:
     subgroups: list[dict] = field(init=False)  # rows of subgroups.csv
 
     def __post_init__(self):
-        scores, self.years = self.scores, {}
+        scores = self.scores
+        self.years = {}  # columns of predictions.csv
         self.groups = np.array([face.group for face in self.faces])  # true, int (N,)
         self.probabilities = scores.logits.double().softmax(dim=1).numpy()  # N×6
         self.predicted, self.confidence = self.probabilities.argmax(axis=1), self.probabilities.max(axis=1)
@@ -130,8 +130,8 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     }
     for key, what in {"seen_in_training": "was trained", "chose_the_epoch": "had its epoch selected"}.items():
         if summary[key]:
-            counts = f"{summary[key]} of these {summary['n']} faces"
-            print(f"warning: {path} {what} on {counts}; --unseen leaves them out", file=sys.stderr)
+            found = f"{path} {what} on {summary[key]} of these {summary['n']} faces"
+            print(f"warning: {found}; --unseen leaves them out", file=sys.stderr)
     dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
     dataset.images = dataset.images[kept]
     dataset.masks = dataset.masks[kept] if with_masks else None
@@ -189,10 +189,12 @@ def measure(scored, seed):
     """Fills in the summary of an `Evaluation`, the draws of its metrics, and its subgroups."""
     effective = metrics.effective_faces(scored.clusters)
     parts = np.split(metrics.resample(scored.clusters, seed=seed), 20)  # each of which fits the memory
-    score = partial(metrics.score, scored.probabilities, scored.groups, scored.per_face)
-    draws = [score(part) for part in cli.progress(parts, "bootstrap")]
+    bar = cli.progress(parts, "bootstrap")
+    draws = [metrics.score(scored.probabilities, scored.groups, part, scored.per_face) for part in bar]
     scored.draws = {name: np.concatenate([part[name] for part in draws]) for name in draws[0]}
-    for name, [value] in score(np.ones((1, len(scored.faces)))).items():
+    once = np.ones((1, len(scored.faces)))
+    values = metrics.score(scored.probabilities, scored.groups, once, scored.per_face)
+    for name, [value] in values.items():
         if name in metrics.SHARES:
             ends = metrics.wilson(value, effective)
         elif name == "ap_macro":
@@ -202,12 +204,11 @@ def measure(scored, seed):
         value, *ends = (None if np.isnan(x) else round(float(x), 6) for x in (value, *ends))
         scored.summary[name] = {"value": value, "ci95": ends}
     scored.subgroups, gaps = score_subgroups(scored, seed)
-    right, leaked = scored.right, scored.leaked
-    present, guessed = np.unique(scored.groups), np.unique(scored.predicted)
+    right, leaked, classes = scored.right, scored.leaked, np.union1d(scored.groups, scored.predicted)
     scored.summary |= {
         "effective_n": round(effective, 1),
-        "absent_classes": [name for group, name in enumerate(GROUP_NAMES) if group not in present],
-        "classes_of_f1_and_precision": [GROUP_NAMES[group] for group in np.union1d(present, guessed)],
+        "absent_classes": [name for group, name in enumerate(GROUP_NAMES) if group not in scored.groups],
+        "classes_of_f1_and_precision": [GROUP_NAMES[group] for group in classes],
         "unknown_gender": sum(face.gender < 0 for face in scored.faces),
         "unknown_race": sum(face.race < 0 for face in scored.faces),
         "ages_in_ranges": sum(face.spread > 0 for face in scored.faces),

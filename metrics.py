@@ -31,11 +31,11 @@ IN_YEARS = ("mae_years", "range_width")
 SHARES = ("accuracy", "within_one_group", "within_five_years", "range_coverage")  # a face counts 0 or 1
 
 
-def score(probabilities, groups, per_face, weights):
+def score(probabilities, groups, weights, per_face):
     """Every metric under each of R weightings, in the order of `METRICS`: {metric: (R,)}.
 
-    probabilities: (N, 6); groups: int (N,); per_face: {metric: (N,)}, averaged; weights: (R, N), how often
-    each face counts: ones for the value, draws of the bootstrap for its interval. Recall, AUC and AP average
+    probabilities: (N, 6); groups: int (N,); weights: (R, N), how often each face counts: ones for the value,
+    draws of the bootstrap for its interval; per_face: {metric: (N,)}, averaged. Recall, AUC and AP average
     over the classes present in `groups`, F1 and precision over those present or predicted.
     """
     weights = weights.astype(float)

@@ -42,7 +42,7 @@ def test_metrics_equal_scikit_learn_on_the_faces_drawn(groups):
     probabilities[:, 5] *= 1e-6
     per_face = {"mask_iou": rng.random(300), "mae_years": rng.random(300)}
     weights = np.stack([np.ones(300, int), *rng.integers(3, size=(3, 300))])
-    found = metrics.score(probabilities, truth, per_face, weights)
+    found = metrics.score(probabilities, truth, weights, per_face)
     for i, row in enumerate(weights):
         p, t = np.repeat(probabilities, row, axis=0), np.repeat(truth, row)
         predicted, one_hot, present = p.argmax(axis=1), np.eye(6)[t], np.unique(t)

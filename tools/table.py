@@ -41,8 +41,8 @@ LR_STRATEGIES = ("uniform", "differentiated")
 
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro")
 COLUMNS = (*COMPARED, "precision_macro", "ap_macro", "within_one_group", "mae_years", "mask_iou")
-APART = ("init", "lr_strategy", "multitask", "pretraining positives")  # settings in columns of their own
-APART += ("seed", "init_sha256", "pretraining seed", "pretraining init_sha256")  # and those of no matter
+UNLISTED = {"init", "lr_strategy", "multitask", "pretraining positives"}  # they have columns of their own
+UNLISTED |= {"seed", "init_sha256", "pretraining seed", "pretraining init_sha256"}  # and these do not matter
 DIFFERENCES = """
 Differences in points, with 95 % intervals: below three seeds a side paired over faces, for these models only;
 from three on for other seeds (Student's t). One in twenty misses zero by chance alone.
@@ -109,7 +109,7 @@ def describe(checkpoint):
     for key in ("data", "pretraining data", "pretraining init"):
         if settings.get(key, "random") not in ("random", "imagenet"):
             settings[key] = os.path.relpath(os.path.realpath(str(settings[key])))
-    return columns, {key: str(value or "off") for key, value in settings.items() if key not in APART}
+    return columns, {key: str(value or "off") for key, value in settings.items() if key not in UNLISTED}
 
 
 def group_by_configuration(many):
@@ -124,9 +124,9 @@ def group_by_configuration(many):
     shared = {key: found.pop() for key, found in values.items() if len(found) == 1}
     groups = {}
     for scored, (columns, settings) in zip(many, described):
-        own = [f"{key.replace('_', '-')} {settings[key]}" for key in keys if key in settings.keys() - shared]
+        own = [key for key in keys if key in settings and key not in shared]
         if len(shared) < len(keys):
-            columns["Other settings"] = ", ".join(own)
+            columns["Other settings"] = ", ".join(f"{key.replace('_', '-')} {settings[key]}" for key in own)
         groups.setdefault(tuple(columns.items()), []).append(scored)
     return [(dict(columns), sorted(runs, key=seed_of)) for columns, runs in groups.items()], shared
 
