@@ -1,7 +1,4 @@
-"""What is drawn of the faces that predict.py finds: overlays of pictures and videos, and masks. No torch.
-
-What is written bears a mark, so that a later run does not take it for a photograph.
-"""
+"""What is drawn of the faces that predict.py finds: overlays of pictures and videos, and masks. No torch."""
 
 import hashlib
 import math
@@ -19,8 +16,8 @@ from utkface import GROUP_NAMES
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 MADE_BY, MARK = 0x0131, "predict.py"  # in EXIF's field for software
-# Of the groups, by Okabe & Ito 2008.
-COLORS = [(86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)]
+PALETTE = (86, 180, 233), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)
+COLORS = dict(zip(GROUP_NAMES, PALETTE))  # by Okabe & Ito 2008
 
 
 def label(face):
@@ -33,20 +30,20 @@ def label(face):
     return f"{text}, about {face.predicted_age:.0f}, {face.age_low:.0f} to {face.age_high:.0f}"
 
 
-def draw_faces(image, faces, texts, size=None):
+def draw_faces(image, faces, texts=None, size=None):
     """A PIL picture of pixels (H, W, 3) with box, outline of the mask and text at each of its faces.
 
-    size: of the letters, in pixels, by default in proportion to the face.
+    texts: by default the labels. size: of the letters, in pixels, by default in proportion to the face.
     """
     scale = math.ceil(360 / min(image.shape[:2]))  # small pictures are enlarged, so that texts can be read
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     line = max(2, round(min(canvas.shape[:2]) / 250))
-    colors = [COLORS[GROUP_NAMES.index(face.group)] for face in faces]
-    for face, color in zip(faces, colors):
+    for face in faces:
         if face.crop_mask is None:
             continue
+        color = COLORS[face.group]
         warp = face.warp / [[scale, scale, 1]]
-        part = region(warp, canvas.shape)
+        part, _ = region(warp, canvas.shape)
         view, mask = canvas[part], place_mask(face.crop_mask, warp, canvas.shape)[part]
         view[mask] = (0.85 * view[mask] + 0.15 * np.array(color)).astype(np.uint8)
         outline = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
@@ -54,7 +51,8 @@ def draw_faces(image, faces, texts, size=None):
         cv2.drawContours(canvas, outline, -1, color, line, cv2.LINE_AA, offset=corner)
     drawn = Image.fromarray(canvas)
     draw = ImageDraw.Draw(drawn, "RGBA")
-    for face, color, text in zip(faces, colors, texts):
+    for face, text in zip(faces, texts or map(label, faces)):
+        color = COLORS[face.group]
         x, y, width, height = (value * scale for value in face.box)
         letters = size or int(np.clip(width / 14, max(13, 4 * line), canvas.shape[0] / 18))
         font = ImageFont.load_default(letters)
@@ -72,12 +70,9 @@ def draw_faces(image, faces, texts, size=None):
 
 
 def output_path(path, folder, top, ending):
-    """Where what is made of the picture at `path` goes: in `folder`, as the picture lies below `top`.
-
-    A name that would be longer than file systems take, 255 bytes, ends in a hash instead.
-    """
+    """Where what is made of the picture at `path` goes: in `folder`, as the picture lies below `top`."""
     stem = path.name.removesuffix(ending)
-    if len(os.fsencode(stem + ending)) > 255:
+    if len(os.fsencode(stem + ending)) > 255:  # bytes, which no file system takes
         mark = hashlib.blake2b(os.fsencode(stem), digest_size=4).hexdigest()
         kept = os.fsencode(stem)[: 254 - len(ending) - len(mark)]
         stem = f"{kept.decode(errors='ignore')}-{mark}"
@@ -100,18 +95,12 @@ def write_picture(path, picture):
 
 
 @contextmanager
-def open_video(path, rate):
-    """Yields a function that appends a PIL picture to the video at `path`, shown at `rate` a second."""
-    writer = cv2.VideoWriter()
-
-    def append(picture):
-        if not writer.isOpened():
-            writer.open(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, picture.size)
-        writer.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
-
+def open_video(path, rate, size):
+    """Yields a function that appends a PIL picture of that size to a video, shown at `rate` a second."""
     with atomic_path(path) as temporary:
-        yield append
-        writer.release()
+        video = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        yield lambda picture: video.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
+        video.release()
 
 
 def is_own(path):

@@ -1,7 +1,4 @@
-"""Faces in any photograph: YuNet finds them, and each is brought to UTKFace's geometry and back. No torch.
-
-`find_crops(image, open_detector())` does both.
-"""
+"""Faces in any photograph: YuNet finds them, and each is brought to UTKFace's geometry and back. No torch."""
 
 import hashlib
 import threading
@@ -15,7 +12,7 @@ import cv2
 import numpy as np
 
 from cli import UserError
-from utkface import central_square
+from utkface import resize
 
 # ------------------------------------------------------------------------------------------------------------
 # Geometry. Places are in pixels from the picture's corner; the first pixel's middle lies at 0.5, 0.5.
@@ -30,18 +27,14 @@ LARGEST_CROP = 512
 
 
 class Crop(NamedTuple):
-    """A face brought to UTKFace's geometry.
+    """A face brought to UTKFace's geometry."""
 
-    pixels: uint8 RGB (S, S, 3). box: x, y, width, height in the picture. warp: float (2, 3), the map from
-    places in the picture to places in the crop as shares of its side. score: the detector's, 0 to 1, and
-    landmarks: float (5, 2) in the picture, both None where no detector was asked.
-    """
-
-    pixels: np.ndarray | None
-    box: tuple[int, int, int, int]
-    warp: np.ndarray
-    score: float | None = None
-    landmarks: np.ndarray | None = None
+    pixels: np.ndarray  # uint8 RGB (S, S, 3)
+    shape: tuple[int, int, int]  # of the picture that it was cut from
+    box: tuple[int, int, int, int]  # x, y, width, height in the picture
+    warp: np.ndarray  # float (2, 3), from places in the picture to places in the crop as shares of its side
+    score: float | None = None  # the detector's, 0 to 1
+    landmarks: np.ndarray | None = None  # float (5, 2) in the picture
 
 
 def apply(warp, points):
@@ -77,66 +70,43 @@ def move(faces, warp):
 
 
 def region(warp, shape):
-    """The part of a picture of `shape` that a crop covers, as two slices (rows, columns), not empty."""
+    """The part of a picture of `shape` that a crop covers, two slices, not empty, and the map from there."""
     corners = apply(cv2.invertAffineTransform(warp), SQUARE)
     size = np.array(shape[1::-1])
     low = np.clip(np.floor(corners.min(axis=0) + 1e-6).astype(int), 0, size - 1)
     high = np.clip(np.ceil(corners.max(axis=0) - 1e-6).astype(int), low + 1, size)
-    return slice(low[1], high[1]), slice(low[0], high[0])
+    rows, columns = slice(low[1], high[1]), slice(low[0], high[0])
+    return (rows, columns), compose(warp, np.column_stack([np.eye(2), low]))
 
 
 def cut(image, warp, side, border=cv2.BORDER_REPLICATE):
-    """Pixels (side, side, 3) of the crop that `warp` maps out of a picture (H, W, 3).
-
-    border: what lies beyond the picture, by default its edge.
-    """
-    rows, columns = region(warp, image.shape)
-    part = image[rows, columns]
-    warp = compose(warp, np.array([[1, 0, columns.start], [0, 1, rows.start]]))
+    """The crop (side, side, 3) that `warp` maps out of a picture (H, W, 3), with `border` beyond its edge."""
+    part, warp = region(warp, image.shape)
+    image = image[part]
     scale = side * np.sqrt(abs(np.linalg.det(warp[:, :2])))  # pixels of the crop per pixel of the picture
     if scale < 1:  # averaged down first, since interpolation alone would skip pixels
-        whole = np.array(part.shape[1::-1])
+        whole = np.array(image.shape[1::-1])
         size = np.maximum(1, np.rint(whole * scale).astype(int))
-        part = cv2.resize(part, size.tolist(), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
         warp = warp @ np.diag([*(whole / size), 1])
-    return cv2.warpAffine(part, to_pixels(warp, side), (side, side), borderMode=border)
+    return cv2.warpAffine(image, to_pixels(warp, side), (side, side), borderMode=border)
 
 
 def fit(landmarks):
-    """The map (2, 3) that brings five landmarks (5, 2) of a picture to where UTKFace's crops have them.
-
-    It turns, scales and shifts alike in both directions, with the least squared distance.
-    """
+    """The similarity (2, 3) that brings five landmarks (5, 2) closest to where UTKFace's crops have them."""
     source, target = (points[:, 0] + 1j * points[:, 1] for points in (landmarks, LANDMARKS))
     (a, b), *_ = np.linalg.lstsq(np.stack([source, np.ones(5)], axis=1), target, rcond=None)
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
-def align(image, landmarks):
-    """The crop of a picture (H, W, 3) in which five landmarks (5, 2) lie as in UTKFace, and its map."""
-    warp = fit(landmarks)
-    own_size = round(1 / np.hypot(*warp[:, 0]))  # at which nothing is lost
-    side = int(np.clip(own_size, 32, LARGEST_CROP))
-    return cut(image, warp, side), warp
-
-
 def place_mask(mask, warp, shape):
     """The mask of a crop, float (S, S) with values 0 to 1, as bool (H, W) in its picture of that `shape`."""
     placed = np.zeros(shape[:2], bool)
-    rows, columns = region(warp, shape)
-    warp = compose(warp, np.array([[1, 0, columns.start], [0, 1, rows.start]]))
-    size = (columns.stop - columns.start, rows.stop - rows.start)
+    part, warp = region(warp, shape)
+    size = placed[part].shape[::-1]
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    placed[rows, columns] = cv2.warpAffine(mask, to_pixels(warp, len(mask)), size, flags=flags) > 0.5
+    placed[part] = cv2.warpAffine(mask, to_pixels(warp, len(mask)), size, flags=flags) > 0.5
     return placed
-
-
-def clip_box(box, shape):
-    """x, y, width, height as whole pixels within a picture of `shape`."""
-    x, y, width, height = box
-    corners = np.rint([x, y, x + width, y + height]).astype(int)
-    left, top, right, bottom = np.clip(corners, 0, [shape[1], shape[0]] * 2).tolist()
-    return left, top, right - left, bottom - top
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -160,10 +130,7 @@ THREAD = threading.local()  # a network is not for two threads at once
 
 
 def released_detector():
-    """YuNet's ONNX file as OpenCV publishes it, from torch.hub's cache, or from the network into it.
-
-    Raises UserError if it cannot be had or is another file.
-    """
+    """The bytes of YuNet's file, from torch.hub's cache or the network; UserError if they cannot be had."""
     from torch import hub  # here, since nothing else in this file needs torch
 
     cached = Path(hub.get_dir(), "checkpoints", Path(DETECTOR_URL).name)
@@ -185,12 +152,11 @@ def open_detector(path=None, min_score=MIN_SCORE, min_face=MIN_FACE):
     """A function from a picture, uint8 RGB (H, W, 3), to its faces, float (N, 15), from left to right.
 
     Rows are YuNet's: box (x, y, width, height), five landmarks (x, y each), score. Threads can share the
-    function, and it can be pickled. path: another file than `released_detector`. min_score: 0 to 1;
+    function, and it can be pickled. path: of YuNet's file, by default the released one. min_score: 0 to 1.
     min_face: pixels that a face's box must be wide. Raises UserError if the file is missing or anything else.
     """
     try:
-        data = Path(path).read_bytes() if path else released_detector()
-        look = partial(run_network, data)
+        look = partial(run_network, Path(path).read_bytes() if path else released_detector())
         look(np.zeros((64, 64, 3), np.uint8))
     except (OSError, cv2.error):
         raise UserError(f"--detector {path} cannot be read as a face detector: name YuNet's file") from None
@@ -200,11 +166,10 @@ def open_detector(path=None, min_score=MIN_SCORE, min_face=MIN_FACE):
 def run_network(data, image):
     """What YuNet, given as its file's bytes, says of a picture as it is: rows as in `open_detector`."""
     if getattr(THREAD, "data", None) is not data:
-        log = cv2.utils.logging
+        buffer, log = np.frombuffer(data, np.uint8), cv2.utils.logging
         with OPENCV_LOG:  # OpenCV 5 warns that its new engine knows no targets; none was asked for
             before = log.setLogLevel(log.LOG_LEVEL_SILENT)
             try:
-                buffer = np.frombuffer(data, np.uint8)
                 THREAD.network = cv2.FaceDetectorYN.create("onnx", buffer, buffer[:0], (32, 32), NOTICED)
             finally:
                 log.setLogLevel(before)
@@ -215,10 +180,7 @@ def run_network(data, image):
 
 
 def detect(look, min_score, min_face, image):
-    """The faces of a picture, float (N, 15) as in `open_detector`; `look` is a network's `run_network`.
-
-    What `search` notices counts if a closer look is sure of it.
-    """
+    """The faces of a picture, as in `open_detector`: what `search` notices and a closer look is sure of."""
     ways = []
     for quarters in range(4):  # until most faces stand upright: cameras forget to say how they were held
         turned = np.rot90(image, quarters)
@@ -251,15 +213,12 @@ def search(look, min_face, image):
 
 
 def look_closely(look, image, face):
-    """A face noticed, (15,), as YuNet is surest of it, and by how many quarters it was turned for that.
-
-    YuNet puts the landmarks of a face that stands on its head upright, and only its score tells.
-    """
+    """A face noticed, (15,), as YuNet is surest of it, and by how many quarters it was turned for that."""
     side = WIDER * max(face[2:4])
     centre = face[:2] + face[2:4] / 2
     upright = np.column_stack([np.eye(2) / side, 0.5 - centre / side])
     ways = []
-    for quarters in range(4):
+    for quarters in range(4):  # only its score tells that a face stands on its head, not its landmarks
         faces = look_through(look, image, compose(quarter_turn(quarters, 1, 1), upright))
         distance = np.abs(faces[:, :2] + faces[:, 2:4] / 2 - centre).max(axis=1)
         ways += [(one, quarters) for one in faces[distance < max(face[2:4]) / 4]]  # others are neighbours
@@ -281,19 +240,28 @@ def each_once(faces):
     """Of faces (N, 15) that overlap the surest, from left to right."""
     kept = cv2.dnn.NMSBoxes(faces[:, :4].tolist(), faces[:, 14].tolist(), 0, SAME)
     faces = faces[np.array(kept, int)]
-    return faces[np.lexsort(faces[:, :2].T[::-1])]
+    return faces[np.lexsort((faces[:, 1], faces[:, 0]))]
 
 
-def find_crops(image, detect=None):
-    """The faces of a picture, uint8 RGB (H, W, 3), as `Crop`s, from left to right; without `detect`, one."""
+def find_crops(image, detect=None, size=None):
+    """The faces of a picture, uint8 RGB (H, W, 3), as `Crop`s, from left to right.
+
+    Without `detect`, its central square is one. size: of the crops, by default about that of each face.
+    """
+    height, width = image.shape[:2]
     if detect is None:
-        square = central_square(image)
-        side = len(square)
-        y, x = ((length - side) // 2 for length in image.shape[:2])
-        return [Crop(square, (x, y, side, side), np.array([[1, 0, -x], [0, 1, -y]]) / side)]
+        side = min(height, width)
+        x, y = (width - side) // 2, (height - side) // 2
+        warp = np.array([[1, 0, -x], [0, 1, -y]]) / side
+        return [Crop(resize(image, size or side), image.shape, (x, y, side, side), warp)]
     crops = []
     for face in detect(image):
         landmarks = face[4:14].reshape(5, 2)
-        pixels, warp = align(image, landmarks)
-        crops.append(Crop(pixels, clip_box(face[:4], image.shape), warp, float(face[14]), landmarks))
-    return crops
+        warp = fit(landmarks)
+        own_size = round(1 / np.hypot(*warp[:, 0]))  # at which nothing is lost
+        pixels = cut(image, warp, int(np.clip(own_size, 32, LARGEST_CROP)))
+        corners = np.rint([face[:2], face[:2] + face[2:4]]).astype(int)
+        (left, top), (right, bottom) = np.clip(corners, 0, (width, height)).tolist()
+        box = (left, top, right - left, bottom - top)
+        crops.append(Crop(pixels, image.shape, box, warp, float(face[14]), landmarks))
+    return [crop._replace(pixels=resize(crop.pixels, size or len(crop.pixels))) for crop in crops]

@@ -4,11 +4,7 @@
     python predict.py clip.mp4 --every 10 --csv faces.csv --overlay drawn
     python predict.py --aligned UTKFace/  # pictures that are face crops already, as UTKFace's are
 
-Faces are found by YuNet, which is downloaded once into torch.hub's cache. From Python:
-
-    from predict import load, predict
-    model = load("model.pt")
-    faces = predict(model, image)  # a PIL image, or uint8 RGB (H, W, 3) -> a list of `Prediction`
+Faces are found by YuNet, which is downloaded once into torch.hub's cache. From Python: `load` and `predict`.
 """
 
 import hashlib
@@ -21,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -35,14 +31,15 @@ import drawing
 from cli import UserError
 from common import infer, load_model, to_input
 from devices import autocast, choose_device, choose_precision
-from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, find_crops, open_detector, place_mask
-from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, page_count, resize, walk_files
+from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, Crop, find_crops, open_detector, place_mask
+from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, page_count, walk_files
 
 AGES = ("predicted_age", "age_low", "age_high")
 RELEASED = "weights/age_multitask.pt"
 READABLE = 24  # pixels of a face's longer side, below which its age cannot be read (docs/model_card.md)
 MAX_PIXELS = 100_000_000  # of a photograph, which takes 0.7 GB while its faces are found
 CHUNK = 8  # pictures read while those before are scored
+BATCH = 32  # faces scored at a time
 SUFFIXES = {  # what the decoder reads, where Pillow and OpenCV were built with it
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
     ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -61,10 +58,8 @@ class Loaded:
     image_size: int
     device: torch.device
     dtype: torch.dtype
-    detect: Callable | None
-    name: str
-    sha256: str
-    process: int
+    detect: Callable | None  # as `open_detector` returns it
+    process: int = field(default_factory=os.getpid)
 
     def __setstate__(self, state):
         self.__dict__ = state | {"process": os.getpid()}
@@ -97,19 +92,17 @@ def load(
     checkpoint, detector=None, aligned=False, device="auto", precision="fp32", min_score=MIN_SCORE,
     min_face=MIN_FACE,
 ) -> Loaded:  # fmt: skip
-    """A model written by finetune.py and, unless `aligned`, a detector of faces.
+    """A model written by finetune.py and, unless `aligned`, a detector of faces, as `open_detector` takes it.
 
-    aligned: each picture is one face crop, as in UTKFace. The rest of the detector's arguments are those of
-    `open_detector`. Raises UserError if a file is missing or is anything else.
+    aligned: each picture is one face crop, as in UTKFace. UserError if a file is missing or anything else.
     """
     if aligned and detector:
         raise UserError("--aligned and --detector contradict each other: give one")
     device = choose_device(device)
     model, content = load_model(checkpoint, device)
-    digest = hashlib.sha256(cli.shipped(checkpoint).read_bytes()).hexdigest()
     detect = None if aligned else open_detector(detector, min_score, min_face)
-    dtype, side = choose_precision(precision, device), content["preprocessing"]["image_size"]
-    return Loaded(model, side, device, dtype, detect, Path(checkpoint).name, digest, os.getpid())
+    dtype = choose_precision(precision, device)
+    return Loaded(model, content["preprocessing"]["image_size"], device, dtype, detect)
 
 
 def outputs(model, images) -> dict:
@@ -131,33 +124,24 @@ def outputs(model, images) -> dict:
 
 
 @torch.inference_mode()
-def score(loaded, crops, batch_size=32) -> list[dict]:
-    """The `outputs` for each of N crops, uint8 RGB (S, S, 3) with S the model's image size, as float32."""
-    scores = []
-    for start in range(0, len(crops), batch_size):
-        batch = torch.from_numpy(np.stack(crops[start : start + batch_size]))  # B×S×S×3
+def score(loaded, crops, masks=True) -> list[Prediction]:
+    """What the model says of `Crop`s of its size, whichever pictures they are from."""
+    faces = []
+    for start in range(0, len(crops), BATCH):
+        batch = crops[start : start + BATCH]
+        images = torch.from_numpy(np.stack([crop.pixels for crop in batch]))  # B×S×S×3
         with autocast(loaded.device, loaded.dtype):
-            said = outputs(loaded.model, to_input(batch, loaded.device))
+            said = outputs(loaded.model, to_input(images, loaded.device))
         said = {name: values.float().cpu().numpy() for name, values in said.items()}
-        scores += [{name: values[i] for name, values in said.items()} for i in range(len(batch))]
-    return scores
-
-
-def cut_faces(loaded, image):
-    """The `Crop`s of a picture, uint8 RGB (H, W, 3), at the size that the model takes."""
-    crops = find_crops(image, loaded.detect)
-    return [crop._replace(pixels=resize(crop.pixels, loaded.image_size)) for crop in crops]
-
-
-def describe(crop, said, shape, masks=True) -> Prediction:
-    """The `Prediction` for a `Crop` of a picture of `shape`, of which `score` says `said`."""
-    chances = said["probabilities"]
-    group = GROUP_NAMES[chances.argmax()]
-    years = [float(said[name]) if name in said else None for name in AGES]
-    too_small = crop.score is not None and max(crop.box[2:]) < READABLE
-    mask = said["masks"][0] if masks and "masks" in said else None
-    found = crop.box, crop.score, crop.landmarks
-    return Prediction(group, chances, *years, *found, too_small, mask, crop.warp, shape)
+        for i, crop in enumerate(batch):
+            chances = said["probabilities"][i]
+            group = GROUP_NAMES[chances.argmax()]
+            ages = [float(said[name][i]) if name in said else None for name in AGES]
+            found = crop.box, crop.score, crop.landmarks
+            too_small = crop.score is not None and max(crop.box[2:]) < READABLE
+            mask = said["masks"][i, 0] if masks and "masks" in said else None
+            faces.append(Prediction(group, chances, *ages, *found, too_small, mask, crop.warp, crop.shape))
+    return faces
 
 
 def predict(loaded, image, masks=True) -> list[Prediction]:
@@ -181,9 +165,7 @@ def predict(loaded, image, masks=True) -> list[Prediction]:
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < MIN_SIDE:
         raise ValueError(f"not a uint8 (H, W, 3) of {MIN_SIDE} or more a side: {image.dtype} {image.shape}")
-    crops = cut_faces(loaded, image)
-    scores = score(loaded, [crop.pixels for crop in crops])
-    return [describe(crop, said, image.shape, masks) for crop, said in zip(crops, scores)]
+    return score(loaded, find_crops(image, loaded.detect, loaded.image_size), masks)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,19 +182,19 @@ class Picture:
     frame: int | None = None  # of a video
     second: float | None = None
     rate: float | None = None  # frames of the video looked at in each second
+    pages: int = 1  # of its file, of which the first is read
     shape: tuple | None = None  # (H, W, 3)
     reason: str | None = None  # why `faces` is empty
-    crops: list = field(default_factory=list)
+    crops: list[Crop] = field(default_factory=list)
     faces: list[Prediction] = field(default_factory=list)
 
 
 def list_pictures(inputs, leave_out):
-    """The picture files among `inputs`, in order, and the reason for each path that cannot be read.
+    """The picture files among `inputs`, each once, and a `Picture` with a reason for what cannot be read.
 
-    Files are taken as they are; folders are searched, but for those in `leave_out`. What is passed over there
-    is counted and named on stderr.
+    Folders are searched, but for those in `leave_out`. What is passed over there is named on stderr.
     """
-    paths, unreadable, passed = [], {}, defaultdict(list)
+    paths, unreadable = [], []
     for top in map(Path, inputs):
         if not top.exists():
             raise UserError(f"{top} is not there: name pictures, or a folder of them")
@@ -220,17 +202,18 @@ def list_pictures(inputs, leave_out):
             paths.append(top)
             continue
         files, broken = walk_files(top, leave_out)
-        unreadable |= broken
-        kinds = [kind_of_file(file) for file in files]
+        unreadable += [Picture(path, path, reason=reason) for path, reason in broken.items()]
+        kinds = defaultdict(list)
+        for file in files:
+            kinds[kind_of_file(file)].append(file)
         if "photographs" not in kinds:
-            reasons = "".join(f" ({path}: {reason})" for path, reason in list(broken.items())[:1])
-            raise UserError(f"{top} holds no picture{reasons}: name pictures, or a folder of them")
-        for file, kind in zip(files, kinds):
-            (paths if kind == "photographs" else passed[kind]).append(file)
-    for kind, files in passed.items():
-        names = ", ".join(map(as_text, files[:3])) + (", …" if len(files) > 3 else "")
-        print(f"passed over {len(files)} {kind}: {names}", file=sys.stderr)
-    return list({os.path.abspath(path): path for path in paths}.values()), unreadable  # each once
+            reason = next((f" ({path}: {reason})" for path, reason in broken.items()), "")
+            raise UserError(f"{top} holds no picture{reason}: name pictures, or a folder of them")
+        paths += kinds.pop("photographs")
+        for kind, files in kinds.items():
+            names = ", ".join(map(as_text, files[:3])) + (", …" if len(files) > 3 else "")
+            print(f"passed over {len(files)} {kind}: {names}", file=sys.stderr)
+    return list({os.path.abspath(path): path for path in paths}.values()), unreadable
 
 
 def kind_of_file(file):
@@ -243,73 +226,66 @@ def kind_of_file(file):
 
 
 def open_pictures(paths, every) -> Iterator[Picture]:
-    """Yields a `Picture`, not yet read, for each path, and one for every N-th frame of a video."""
-    for path in paths:
-        if path.suffix.lower() in drawing.VIDEOS:
-            yield from open_frames(path, every)
-        else:  # a pipe can be read only once
-            yield Picture(path, path.read_bytes() if cli.is_special(path) else path)
-
-
-def open_frames(path, every) -> Iterator[Picture]:
-    """Yields every N-th frame of a video, and at last a `Picture` with a reason if it breaks off."""
+    """Yields a `Picture`, not yet read, for each path, and of a video one for every N-th frame."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong is said below
-    video = cv2.VideoCapture(str(path))
-    fps, count = video.get(cv2.CAP_PROP_FPS) or 25, int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    frame = 0
-    while video.grab():
-        if frame % every == 0:
-            image = cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
-            yield Picture(path, image, frame, frame / fps, fps / every)
-        frame += 1
-    if frame == 0:
-        yield Picture(path, path, reason="no video that can be read")
-    elif frame < count - 2:  # containers miscount by one or two
-        yield Picture(path, path, reason=f"breaks off after {frame} of {count} frames")
+    for path in paths:
+        if path.suffix.lower() not in drawing.VIDEOS:  # a pipe can be read only once
+            yield Picture(path, path.read_bytes() if cli.is_special(path) else path)
+            continue
+        video = cv2.VideoCapture(str(path))
+        fps, count = video.get(cv2.CAP_PROP_FPS) or 25, int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+        frame = 0
+        while video.grab():
+            if frame % every == 0:
+                image = cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
+                yield Picture(path, image, frame, frame / fps, fps / every)
+            frame += 1
+        if frame == 0:
+            yield Picture(path, path, reason="no video that can be read")
+        elif frame < count - 2:  # containers miscount by one or two
+            yield Picture(path, path, reason=f"breaks off after {frame} of {count} frames")
 
 
-def read_picture(picture, say_pages=False):
-    """Pixels, uint8 RGB (H, W, 3), of a `Picture`; raises ValueError or OSError.
-
-    say_pages: names on stderr a file of several pages, of which the first is read.
-    """
+def read_picture(picture):
+    """Pixels, uint8 RGB (H, W, 3), of a `Picture`, which learns its `pages`; raises ValueError or OSError."""
     source = picture.source
     if isinstance(source, np.ndarray):
         return source
     data = source if isinstance(source, bytes) else source.read_bytes()
     image = cv2.cvtColor(decode_image(data, max_pixels=MAX_PIXELS), cv2.COLOR_BGR2RGB)
-    pages = page_count(data) if say_pages else 1
-    if pages > 1:
-        print(f"{as_text(picture.path)}: the first of {pages} pages is read", file=sys.stderr)
+    picture.pages = page_count(data)
     return image
 
 
 def read_faces(loaded, picture) -> Picture:
     """Reads a picture and cuts its faces out, or gives it the reason why there are none."""
-    if picture.reason is None:
-        try:
-            image = read_picture(picture, say_pages=True)
-        except (ValueError, OSError) as error:
-            picture.reason = getattr(error, "strerror", None) or str(error)
-        else:
-            picture.shape, picture.crops = image.shape, cut_faces(loaded, image)
-            picture.reason = None if picture.crops else "no face found"
+    if picture.reason:
+        return picture
+    try:
+        image = read_picture(picture)
+    except (ValueError, OSError) as error:
+        picture.reason = getattr(error, "strerror", None) or str(error)
+        return picture
+    picture.shape = image.shape
+    picture.crops = find_crops(image, loaded.detect, loaded.image_size)
+    picture.reason = None if picture.crops else "no face found"
     return picture
 
 
-def score_pictures(pictures, loaded, workers, total=None) -> Iterator[Picture]:
+def score_pictures(pictures, loaded, workers) -> Iterator[Picture]:
     """Yields the pictures of an iterator with their `faces`; threads read the next meanwhile."""
-    read = partial(read_faces, loaded)
-    bar = cli.progress(desc="faces", total=total, unit=" pictures")
-    with ThreadPool(max(workers, 1)) as pool, bar:
-        coming = pool.map_async(read, list(islice(pictures, CHUNK)), 1)
+    with ThreadPool(max(workers, 1)) as pool:
+
+        def read_next():
+            return pool.map_async(partial(read_faces, loaded), list(islice(pictures, CHUNK)), chunksize=1)
+
+        coming = read_next()
         while chunk := coming.get():
-            coming = pool.map_async(read, list(islice(pictures, CHUNK)), 1)
-            scores = iter(score(loaded, [crop.pixels for picture in chunk for crop in picture.crops]))
+            coming = read_next()
+            faces = iter(score(loaded, [crop for picture in chunk for crop in picture.crops]))
             for picture in chunk:
-                picture.faces = [describe(crop, next(scores), picture.shape) for crop in picture.crops]
+                picture.faces = list(islice(faces, len(picture.crops)))
                 yield picture
-            bar.update(len(chunk))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -322,17 +298,17 @@ def as_text(path):
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], str(path))
 
 
-def table_rows(picture, loaded):
+def table_rows(picture, model):
     """What is written of a picture: a dict a face, or one with the `reason` why there is none."""
     about = {
         "file": as_text(picture.path), "frame": picture.frame, "second": picture.second,
         "picture": picture.shape and [picture.shape[1], picture.shape[0]], "reason": picture.reason,
-        "model": {"name": loaded.name, "sha256": loaded.sha256},
+        "model": model,
     }  # fmt: skip
     rows = []
     for i, face in enumerate(picture.faces):
-        row = about | {"face": i, "group": face.group, "box": list(face.box), "score": face.score}
-        row |= {name: getattr(face, name) for name in (*AGES, "too_small")}
+        row = about | {"face": i}
+        row |= {name: getattr(face, name) for name in ("group", "box", "score", *AGES, "too_small")}
         row["probabilities"] = dict(zip(GROUP_NAMES, face.probabilities.astype(float).round(6).tolist()))
         if face.landmarks is not None:
             row["landmarks"] = dict(zip(LANDMARK_NAMES, face.landmarks.round(1).tolist()))
@@ -363,27 +339,35 @@ def others_go_on(failed):
         failed.append(as_text(error))
 
 
+def write_masks(picture, folder, top, failed):
+    """Writes the mask of each face of a picture as a PNG."""
+    frame = "" if picture.frame is None else f"_{picture.frame:06}"
+    for i, face in enumerate(picture.faces):
+        with others_go_on(failed):
+            place = drawing.output_path(picture.path, folder, top, f"{frame}_{i}_mask.png")
+            drawing.write_picture(place, Image.fromarray(face.mask.astype(np.uint8) * 255))
+
+
 def write_drawings(pictures, masks, overlay, top, failed) -> Iterator[Picture]:
-    """Passes scored pictures on and writes what belongs into the folders `masks` and `overlay`, if given."""
-    with ExitStack() as video:
-        for path, same in groupby(pictures, key=lambda picture: picture.path):  # a video's frames together
-            place, append = overlay and drawing.overlay_path(path, overlay, top), None
+    """Passes scored pictures on and writes their masks and overlays into the folders that are given."""
+    for path, same in groupby(pictures, key=lambda picture: picture.path):  # a video's frames together
+        place = overlay and drawing.overlay_path(path, overlay, top)
+        append = None
+        with ExitStack() as video:
             for picture in same:
-                number = "" if picture.frame is None else f"_{picture.frame:06}"
-                for i, face in enumerate(picture.faces if masks else []):
-                    with others_go_on(failed):
-                        mask = Image.fromarray(face.mask.astype(np.uint8) * 255)
-                        name = drawing.output_path(path, masks, top, f"{number}_{i}_mask.png")
-                        drawing.write_picture(name, mask)
+                if masks:
+                    write_masks(picture, masks, top, failed)
                 with others_go_on(failed):
                     if overlay and (picture.rate or picture.faces):
-                        image = read_picture(picture)  # again: a chunk of photographs would fill the memory
-                        drawn = drawing.draw_faces(image, picture.faces, map(drawing.label, picture.faces))
-                        if picture.rate:
-                            append = append or video.enter_context(drawing.open_video(place, picture.rate))
-                            append(drawn)
-                        else:
+                        # Read again, since a chunk of photographs would fill the memory.
+                        drawn = drawing.draw_faces(read_picture(picture), picture.faces)
+                        if picture.rate is None:
                             drawing.write_picture(place, drawn)
+                        else:
+                            if append is None:
+                                opened = drawing.open_video(place, picture.rate, drawn.size)
+                                append = video.enter_context(opened)
+                            append(drawn)
                 yield picture
             with others_go_on(failed):
                 video.close()  # the video takes its place
@@ -398,10 +382,9 @@ def choose_checkpoint(named):
 
 def check_outputs(args, paths, top):
     """UserError if an output cannot be written, or would replace another one or an input."""
-    outputs = [("--csv", args.csv), ("--json", args.json)]
+    outputs = [(flag, path) for flag, path in (("--csv", args.csv), ("--json", args.json)) if path]
     for flag, path in outputs:
-        if path:
-            cli.check_output(flag, path)
+        cli.check_output(flag, path)
     for flag, folder in (("--overlay", args.overlay), ("--masks", args.masks)):
         if folder:
             cli.check_writable(flag, folder)
@@ -410,11 +393,10 @@ def check_outputs(args, paths, top):
     taken = {os.path.realpath(path): "the pictures" for path in paths}
     taken |= {os.path.realpath(path): path for path in (args.checkpoint, args.detector) if path}
     for flag, path in outputs:
-        if path and not cli.is_special(Path(path)):
-            place = os.path.realpath(path)
-            if place in taken:
-                raise UserError(f"{flag} {path} would replace {taken[place]}: name another place")
-            taken[place] = f"what {flag} writes"
+        place = os.path.realpath(path)
+        if place in taken and not cli.is_special(Path(path)):
+            raise UserError(f"{flag} {path} would replace {taken[place]}: name another place")
+        taken[place] = f"what {flag} writes"
 
 
 def add_model_flags(parser):
@@ -455,23 +437,26 @@ def main(args):
     paths, unreadable = list_pictures(args.inputs, folders)
     top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     check_outputs(args, paths, top)
+    checkpoint = cli.shipped(choose_checkpoint(args.checkpoint))
     loaded = load(
-        choose_checkpoint(args.checkpoint), args.detector, args.aligned, args.device, args.precision,
-        args.detector_score, args.min_face,
+        checkpoint, args.detector, args.aligned, args.device, args.precision, args.detector_score,
+        args.min_face,
     )  # fmt: skip
+    model = {"name": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
     if args.masks and loaded.model.decoder is None:
-        raise UserError(f"--masks: {loaded.name} has learned none; train with finetune.py --multitask")
+        raise UserError(f"--masks: {checkpoint.name} has learned none; train with finetune.py --multitask")
 
-    rows, lines, failed, pictures = [], [], [], 0
-    for path, reason in unreadable.items():
-        rows += table_rows(Picture(path, path, reason=reason), loaded)
-    total = None if any(path.suffix.lower() in drawing.VIDEOS for path in paths) else len(paths)
-    scored = score_pictures(open_pictures(paths, args.every), loaded, args.workers, total)
-    for picture in write_drawings(scored, args.masks, args.overlay, top, failed):
-        rows += table_rows(picture, loaded)
+    rows, lines, failed = [], [], []
+    scored = score_pictures(chain(unreadable, open_pictures(paths, args.every)), loaded, args.workers)
+    drawn = write_drawings(scored, args.masks, args.overlay, top, failed)
+    videos = any(path.suffix.lower() in drawing.VIDEOS for path in paths)
+    total = None if videos else len(unreadable) + len(paths)
+    for picture in cli.progress(drawn, "faces", total, unit=" pictures"):
+        rows += table_rows(picture, model)
         name = as_text(picture.path) + ("" if picture.frame is None else f" {picture.second:.2f} s")
         lines += [f"{name}, face {i}: {drawing.label(face)}" for i, face in enumerate(picture.faces)]
-        pictures += bool(picture.faces)
+        if picture.pages > 1:
+            print(f"{name}: the first of {picture.pages} pages is read", file=sys.stderr)
     written = folders
     with others_go_on(failed):
         if args.csv:
@@ -490,6 +475,7 @@ def main(args):
     if not lines:
         hint = "" if args.aligned else "; if each is one face crop, give --aligned"
         raise UserError(f"none of {len(rows)} pictures holds a face that can be read{hint}")
+    pictures = sum(row.get("face") == 0 for row in rows)
     named = f"; written: {', '.join(written)}" if written else ""
     print(*lines, f"{len(lines)} faces in {pictures} pictures, {len(skipped)} skipped{named}", sep="\n")
     for reason in dict.fromkeys(failed):  # each once, not once a frame

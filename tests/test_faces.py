@@ -179,8 +179,14 @@ def test_boxes_lie_in_the_picture(detector):
     picture, _ = photograph([(104, 80)])
     (crop,) = faces.find_crops(picture[:, 72:], faces.open_detector(detector))
     assert crop.box == (0, 40, 72, 80)
-    assert faces.clip_box((-10.4, -3, 30, 20), (100, 50)) == (0, 0, 20, 17)
-    assert faces.clip_box((40, 90, 30, 20), (100, 50, 3)) == (40, 90, 10, 10)
+    assert crop_at(faces.LANDMARKS * 40, picture[:100, :50], (-10.4, -3, 30, 20)).box == (0, 0, 20, 17)
+    assert crop_at(faces.LANDMARKS * 40, picture[:100, :50], (40, 90, 30, 20)).box == (40, 90, 10, 10)
+
+
+def crop_at(landmarks, picture, box=(0, 0, 1, 1)):
+    """The crop of a face with these landmarks, (5, 2), and this box."""
+    (crop,) = faces.find_crops(picture, lambda _: np.array([[*box, *landmarks.ravel(), 1]]))
+    return crop
 
 
 @pytest.mark.parametrize("scale, degrees, x, y", [(90, 20, 40, 12), (110, -15, 120, 50), (64, 0, 30, 30)])
@@ -190,7 +196,8 @@ def test_alignment_and_masks_undo_each_other(scale, degrees, x, y):
     there = faces.to_pixels(cv2.invertAffineTransform(place), SIDE)
     picture = cv2.warpAffine(crop, there, (256, 192), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     points = faces.apply(place, faces.LANDMARKS)
-    pixels, warp = faces.align(picture, points)
+    found = crop_at(points, picture)
+    pixels, warp = found.pixels, found.warp
     assert abs(len(pixels) - scale) <= 1  # at the face's own size
     assert np.allclose(faces.apply(warp, points), faces.LANDMARKS)
     small = cv2.resize(crop, pixels.shape[:2], interpolation=cv2.INTER_AREA)
@@ -215,7 +222,7 @@ def test_large_faces_are_averaged_down():
     fine = np.random.default_rng(0).integers(0, 256, (1536, 1536, 3), np.uint8)
     picture = np.full((1700, 1800, 3), 90, np.uint8)
     picture[100:1636, 200:1736] = fine
-    pixels, _ = faces.align(picture, faces.LANDMARKS * 1536 + (200, 100))
+    pixels = crop_at(faces.LANDMARKS * 1536 + (200, 100), picture).pixels
     assert np.array_equal(pixels, cv2.resize(fine, (512, 512), interpolation=cv2.INTER_AREA))
 
 

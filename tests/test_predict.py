@@ -119,14 +119,16 @@ def test_overlays_and_masks(drawn, model, tmp_path, cli, monkeypatch):
     """Each overlay names the group, chance and age that the table gives, in the group's colour."""
     texts = spy_texts(monkeypatch)
     chances = np.eye(6) * 0.7 + 0.05
-    masks = np.full((6, 1, 64, 64), 0.3)
-    masks[:, :, 16:48, 16:48] = 0.7  # half as sure as a careless threshold would ask for
-    said = [
-        {"probabilities": chances[i], "predicted_age": 10 * i, "age_low": 9 * i, "age_high": 12 * i}
-        | {"masks": masks[i]}
-        for i in range(6)
-    ]
-    monkeypatch.setattr(predict, "score", lambda loaded, squares: said[: len(squares)])
+    masks = np.full((6, 64, 64), 0.3)
+    masks[:, 16:48, 16:48] = 0.7  # half as sure as a careless threshold would ask for
+    scored = [
+        predict.Prediction(
+            name, chances[i], 10 * i, 9 * i, 12 * i, (0, 0, 200, 200), None, None, False, masks[i],
+            np.array([[1, 0, 0], [0, 1, 0]]) / 200, (200, 200, 3),
+        )
+        for i, name in enumerate(GROUP_NAMES)
+    ]  # fmt: skip
+    monkeypatch.setattr(predict, "score", lambda _, crops: scored[: len(crops)])
     faces = sorted((drawn / "dataset/processed_split/test").glob("*_image.png"))[:6]
     (tmp_path / "in").mkdir()
     for i, path in enumerate(faces):
@@ -141,7 +143,7 @@ def test_overlays_and_masks(drawn, model, tmp_path, cli, monkeypatch):
     for group, name in enumerate(names):
         overlay = np.asarray(Image.open(tmp_path / "o" / name).convert("RGB")).astype(int)
         assert overlay.shape == (400, 400, 3)
-        near = [(np.abs(overlay - color).sum(axis=2) < 40).sum() for color in drawing.COLORS]
+        near = [(np.abs(overlay - color).sum(axis=2) < 40).sum() for color in drawing.COLORS.values()]
         assert near[group] > 400 and near[group] == max(near)
     mask = cv2.imread(str(tmp_path / "m/0.png_0_mask.png"), cv2.IMREAD_UNCHANGED)
     expected = np.zeros((200, 200), bool)

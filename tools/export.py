@@ -53,34 +53,6 @@ def metadata(model, image_size):
     return about
 
 
-def export(model, image_size, path):
-    """Writes `ExportedModel` of a model on the CPU as ONNX; the batch size is free and the side fixed."""
-    try:
-        import onnx
-        import onnxscript  # which torch's exporter needs
-    except ImportError as error:
-        raise cli.UserError(f"this needs {error.name}: pip install onnx onnxscript") from None
-    images = torch.zeros(2, 3, image_size, image_size)
-    names = ["probabilities"] + list(predict.AGES) * model.by_year + ["masks"] * (model.decoder is not None)
-    with cli.atomic_path(path) as temporary:
-        try:
-            torch.onnx.export(
-                ExportedModel(model).eval(), (images,), temporary, input_names=["images"], output_names=names,
-                dynamo=True, external_data=False, dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                verbose=False,
-            )  # fmt: skip
-        except OSError:
-            raise
-        except Exception as error:  # what the exporter raises depends on both versions
-            reason = f"{type(error).__name__}, torch {torch.__version__}, onnxscript {onnxscript.__version__}"
-            raise cli.UserError(f"export failed ({reason}): pip install -U torch onnxscript") from None
-        graph = onnx.load(temporary)
-        for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.functions):
-            del part.metadata_props[:]  # where in this machine's files each node was made
-        onnx.helper.set_model_props(graph, metadata(model, image_size))
-        onnx.save(graph, temporary)
-
-
 def get_parser():
     parser = cli.script_parser("export", __doc__)
     add = parser.add_argument
@@ -92,9 +64,31 @@ def get_parser():
 def main(args):
     cli.check_output("--out", args.out)
     model, checkpoint = load_model(predict.choose_checkpoint(args.checkpoint), torch.device("cpu"))
-    image_size = checkpoint["preprocessing"]["image_size"]
-    export(model, image_size, args.out)
-    print(f"{args.out} written: {image_size} px, {', '.join(AGE_GROUPS)}")
+    try:
+        import onnx
+        import onnxscript  # which torch's exporter needs
+    except ImportError as error:
+        raise cli.UserError(f"this needs {error.name}: pip install onnx onnxscript") from None
+    side = checkpoint["preprocessing"]["image_size"]
+    images = torch.zeros(2, 3, side, side)
+    with cli.atomic_path(args.out) as temporary:
+        try:
+            torch.onnx.export(
+                ExportedModel(model).eval(), (images,), temporary, input_names=["images"],
+                output_names=list(predict.outputs(model, images)), dynamo=True, external_data=False,
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
+            )  # fmt: skip
+        except OSError:
+            raise
+        except Exception as error:  # what the exporter raises depends on both versions
+            reason = f"{type(error).__name__}, torch {torch.__version__}, onnxscript {onnxscript.__version__}"
+            raise cli.UserError(f"export failed ({reason}): pip install -U torch onnxscript") from None
+        graph = onnx.load(temporary)
+        for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.functions):
+            del part.metadata_props[:]  # where in this machine's files each node was made
+        onnx.helper.set_model_props(graph, metadata(model, side))
+        onnx.save(graph, temporary)
+    print(f"{args.out} written: {side} px, {', '.join(AGE_GROUPS)}")
 
 
 if __name__ == "__main__":

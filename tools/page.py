@@ -6,19 +6,19 @@ python tools/page.py --host 0.0.0.0 --port 8000  # for others in the network as 
 
 import base64
 import html
+import io
 import os
 import sys
 from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
 import drawing
 import predict
-from utkface import AGE_GROUPS, GROUP_NAMES
+from utkface import AGE_GROUPS
 
 EXAMPLES = [next(cli.ROOT.glob(f"docs/{age}_*.jpg")) for age in (10, 65)]  # drawn
 LONGEST = 1600  # pixels of the picture shown, which travels to a phone
@@ -45,39 +45,46 @@ document.addEventListener("paste", event => {
 </script>"""
 
 
-def card(number, face):
-    """HTML of a face's number and what an overlay says of it."""
-    color = drawing.COLORS[GROUP_NAMES.index(face.group)]
-    return f'<p style="border-color: rgb{color}"><b>{number}.</b> {drawing.label(face)}</p>'
-
-
 def answer(data, loaded):
-    """What the page shows of an uploaded file's bytes, as HTML: the picture with a card a face, or a reason.
-
-    The picture is within the HTML, so that no file is left behind.
-    """
+    """HTML for an uploaded file's bytes: the picture itself, with a card a face, or why it cannot be used."""
     upload = predict.Picture(Path("upload"), data or b"")
     (picture,) = predict.score_pictures(iter([upload]), loaded, workers=1)
     if picture.reason:
         return f"<p>This picture cannot be used: {html.escape(picture.reason)}.</p>"
-    image, numbers = predict.read_picture(picture), range(1, len(picture.faces) + 1)
-    letters = max(13, image.shape[1] // PHONE)
-    drawn = np.asarray(drawing.draw_faces(image, picture.faces, map(str, numbers), letters))
-    scale = min(1, LONGEST / max(drawn.shape))
-    small = cv2.resize(drawn, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    code = base64.b64encode(cv2.imencode(".jpg", small[..., ::-1])[1]).decode()
-    cards = "".join(map(card, numbers, picture.faces))
-    return f'<div class="faces"><img alt="faces" src="data:image/jpeg;base64,{code}">{cards}</div>'
+    image = predict.read_picture(picture)
+    numbers = [str(number) for number in range(1, len(picture.faces) + 1)]
+    drawn = drawing.draw_faces(image, picture.faces, numbers, size=max(13, image.shape[1] // PHONE))
+    drawn.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    drawn.save(buffer, "JPEG", quality=95)
+    code = base64.b64encode(buffer.getvalue()).decode()
+    page = f'<div class="faces"><img alt="faces" src="data:image/jpeg;base64,{code}">'
+    for number, face in zip(numbers, picture.faces):
+        color = drawing.COLORS[face.group]
+        page += f'<p style="border-color: rgb{color}"><b>{number}.</b> {drawing.label(face)}</p>'
+    return page + "</div>"
 
 
-def serve(loaded, host, port):
-    """Serves the page until it is stopped; UserError if Gradio is missing or the port is taken."""
+def get_parser():
+    parser = cli.script_parser("page", __doc__)
+    # fmt: off
+    add = parser.add_argument
+    predict.add_model_flags(parser)
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", metavar="N", type=cli.number(int, 1, 65535), default=7860, help="port to listen on")
+    # fmt: on
+    return parser
+
+
+def main(args):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio
     except ImportError:
         raise cli.UserError("this needs Gradio: pip install 'gradio>=6'") from None
-    wanted = "any photograph" if loaded.detect else "one face, cropped and upright"
+    checkpoint = predict.choose_checkpoint(args.checkpoint)
+    loaded = predict.load(checkpoint, args.detector, args.aligned, args.device, args.precision)
+    wanted = "one face, cropped and upright" if args.aligned else "any photograph"
     groups = [f"{name} {first}–{last}" for name, (first, last) in AGE_GROUPS.items()]
     with gradio.Blocks(title="Age group of a face", delete_cache=(60, 60)) as page:
         gradio.Markdown(f"# Age group of a face\nGive {wanted}: choose, drop or paste it.")
@@ -100,30 +107,13 @@ def serve(loaded, host, port):
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
     try:
         page.launch(
-            server_name=host, server_port=port, max_file_size="20mb", theme=theme, footer_links=[], css=STYLE,
-            head=SCRIPT,
+            server_name=args.host, server_port=args.port, max_file_size="20mb", theme=theme, footer_links=[],
+            css=STYLE, head=SCRIPT,
         )  # fmt: skip
     except OSError as error:
-        raise cli.UserError(f"--port {port} cannot be used ({error}): name another") from None
+        raise cli.UserError(f"--port {args.port} cannot be used ({error}): name another") from None
     finally:
         page.close()  # deletes what was uploaded
-
-
-def get_parser():
-    parser = cli.script_parser("page", __doc__)
-    # fmt: off
-    add = parser.add_argument
-    predict.add_model_flags(parser)
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", metavar="N", type=cli.number(int, 1, 65535), default=7860, help="port to listen on")
-    # fmt: on
-    return parser
-
-
-def main(args):
-    checkpoint = predict.choose_checkpoint(args.checkpoint)
-    loaded = predict.load(checkpoint, args.detector, args.aligned, args.device, args.precision)
-    serve(loaded, args.host, args.port)
 
 
 if __name__ == "__main__":
