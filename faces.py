@@ -56,8 +56,7 @@ def to_pixels(warp, side):
 
 def quarter_turn(quarters, width, height):
     """The map (2, 3) that turns a picture of that size by quarters, with its corner at 0, 0 again."""
-    cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters]
-    turn = np.array([[cosine, -sine], [sine, cosine]])
+    turn = np.linalg.matrix_power([[0, -1], [1, 0]], quarters)
     low = (SQUARE * (width, height) @ turn.T).min(axis=0)
     return np.column_stack([turn, -low])
 

@@ -357,17 +357,16 @@ def write_drawings(pictures, masks, overlay, top, failed) -> Iterator[Picture]:
             for picture in same:
                 if masks:
                     write_masks(picture, masks, top, failed)
-                with others_go_on(failed):
-                    if overlay and (picture.rate or picture.faces):
+                if overlay and (picture.rate or picture.faces):
+                    with others_go_on(failed):
                         # Read again, since a chunk of photographs would fill the memory.
                         drawn = drawing.draw_faces(read_picture(picture), picture.faces)
-                        if picture.rate is None:
-                            drawing.write_picture(place, drawn)
-                        else:
-                            if append is None:
-                                opened = drawing.open_video(place, picture.rate, drawn.size)
-                                append = video.enter_context(opened)
+                        if picture.rate and append is None:
+                            append = video.enter_context(drawing.open_video(place, picture.rate, drawn.size))
+                        if append:
                             append(drawn)
+                        else:
+                            drawing.write_picture(place, drawn)
                 yield picture
             with others_go_on(failed):
                 video.close()  # the video takes its place
@@ -401,13 +400,10 @@ def check_outputs(args, paths, top):
 
 def add_model_flags(parser):
     """Adds the flags that say which model and which detector there are, and where the model runs."""
-    # fmt: off
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="written by finetune.py; else model.pt, else the released one")
-    add("--aligned", action="store_true",
-        help="each picture is one face crop as in UTKFace: find no faces; not with --detector")
+    add("--aligned", action="store_true", help="each picture is one face crop as in UTKFace: find no faces")
     add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
-    # fmt: on
     cli.add_device_flags(parser)
 
 
@@ -438,10 +434,8 @@ def main(args):
     top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     check_outputs(args, paths, top)
     checkpoint = cli.shipped(choose_checkpoint(args.checkpoint))
-    loaded = load(
-        checkpoint, args.detector, args.aligned, args.device, args.precision, args.detector_score,
-        args.min_face,
-    )  # fmt: skip
+    thresholds = args.detector_score, args.min_face
+    loaded = load(checkpoint, args.detector, args.aligned, args.device, args.precision, *thresholds)
     model = {"name": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
     if args.masks and loaded.model.decoder is None:
         raise UserError(f"--masks: {checkpoint.name} has learned none; train with finetune.py --multitask")

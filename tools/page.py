@@ -67,12 +67,10 @@ def answer(data, loaded):
 
 def get_parser():
     parser = cli.script_parser("page", __doc__)
-    # fmt: off
     add = parser.add_argument
     predict.add_model_flags(parser)
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", metavar="N", type=cli.number(int, 1, 65535), default=7860, help="port to listen on")
-    # fmt: on
     return parser
 
 
