@@ -72,7 +72,7 @@ def draw_faces(image, faces, texts=None, size=None):
 def output_path(path, folder, top, ending):
     """Where what is made of the picture at `path` goes: in `folder`, as the picture lies below `top`."""
     stem = path.name.removesuffix(ending)
-    if len(os.fsencode(stem + ending)) > 255:  # bytes, which no file system takes
+    if len(os.fsencode(stem + ending)) > 255:  # bytes, more than file systems take
         mark = hashlib.blake2b(os.fsencode(stem), digest_size=4).hexdigest()
         kept = os.fsencode(stem)[: 254 - len(ending) - len(mark)]
         stem = f"{kept.decode(errors='ignore')}-{mark}"

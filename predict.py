@@ -302,8 +302,7 @@ def table_rows(picture, model):
     """What is written of a picture: a dict a face, or one with the `reason` why there is none."""
     about = {
         "file": as_text(picture.path), "frame": picture.frame, "second": picture.second,
-        "picture": picture.shape and [picture.shape[1], picture.shape[0]], "reason": picture.reason,
-        "model": model,
+        "picture": picture.shape and picture.shape[1::-1], "reason": picture.reason, "model": model,
     }  # fmt: skip
     rows = []
     for i, face in enumerate(picture.faces):

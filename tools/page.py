@@ -47,19 +47,18 @@ document.addEventListener("paste", event => {
 
 def answer(data, loaded):
     """HTML for an uploaded file's bytes: the picture itself, with a card a face, or why it cannot be used."""
-    upload = predict.Picture(Path("upload"), data or b"")
-    (picture,) = predict.score_pictures(iter([upload]), loaded, workers=1)
+    picture = predict.read_faces(loaded, predict.Picture(Path("upload"), data or b""))
     if picture.reason:
         return f"<p>This picture cannot be used: {html.escape(picture.reason)}.</p>"
-    image = predict.read_picture(picture)
-    numbers = [str(number) for number in range(1, len(picture.faces) + 1)]
-    drawn = drawing.draw_faces(image, picture.faces, numbers, size=max(13, image.shape[1] // PHONE))
+    faces, image = predict.score(loaded, picture.crops), predict.read_picture(picture)
+    numbers = [str(number) for number in range(1, len(faces) + 1)]
+    drawn = drawing.draw_faces(image, faces, numbers, size=max(13, image.shape[1] // PHONE))
     drawn.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
     buffer = io.BytesIO()
     drawn.save(buffer, "JPEG", quality=95)
     code = base64.b64encode(buffer.getvalue()).decode()
     page = f'<div class="faces"><img alt="faces" src="data:image/jpeg;base64,{code}">'
-    for number, face in zip(numbers, picture.faces):
+    for number, face in zip(numbers, faces):
         color = drawing.COLORS[face.group]
         page += f'<p style="border-color: rgb{color}"><b>{number}.</b> {drawing.label(face)}</p>'
     return page + "</div>"
