@@ -1,9 +1,5 @@
-"""What masks.py is given: pictures in a folder or an archive, and a table of labels. No torch.
+"""What masks.py is given: pictures in a folder or an archive, and a table of labels. No torch."""
 
-Tables as APPA-REAL, FairFace and Adience publish them are read as they are.
-"""
-
-import argparse
 import csv
 import hashlib
 import io
@@ -22,20 +18,20 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from cli import UserError
-from utkface import AGE_GROUPS, GENDERS, RACES, walk_files
+from utkface import AGE_GROUPS, walk_files
 
-SPELLINGS = {  # of each column; where a table has several, the first counts
+SPELLINGS = {  # of each column, as APPA-REAL and FairFace have them, too; of several the first counts
     "file": ("file", "file_name", "filename", "img_name", "image", "path"),
     "age": ("age", "real_age", "apparent_age_avg"),
     "gender": ("gender", "sex"),
     "race": ("race", "ethnicity"),
 }
-WORDS = {  # beside the names in utkface.py and their indices
-    "gender": {"man": 0, "m": 0, "woman": 1, "f": 1},
-    "race": {
-        "caucasian": 0, "afroamerican": 1, "east asian": 2, "southeast asian": 2, "middle eastern": 4,
-        "latino_hispanic": 4, "other": 4,
-    },
+WORDS = {  # for each index
+    "gender": [("male", "m", "man"), ("female", "f", "woman")],
+    "race": [
+        ("white", "caucasian"), ("black", "afroamerican"), ("asian", "east asian", "southeast asian"),
+        ("indian",), ("others", "other", "middle eastern", "latino_hispanic"),
+    ],
 }  # fmt: skip
 UNKNOWN = ("", "x", "-", "-1", "?", "na", "n/a", "nan", "none", "null", "unknown")
 OLDEST = 100  # where a range without an end stops, such as "more than 70"
@@ -49,11 +45,10 @@ UNSAFE = re.compile(r'[%/\\:*?"<>|\x00-\x1f\x7f\udc80-\udcff]')  # what a file n
 
 @contextmanager
 def open_files(source: Path, output: Path) -> Iterator[tuple[list, list]]:
-    """Yields (name, bytes, reader) of each file in a folder (but for the output's), .tar.gz or .zip.
+    """Yields (name, bytes, reader) of each file in a folder, .tar.gz or .zip, and (name, reason) of the rest.
 
-    And (name, reason) of what is no file. Nothing is unpacked; call readers in the order of the list. They
-    raise ValueError for a file that cannot be read though others can. Raises UserError if there is no source,
-    or if it is damaged as a whole.
+    Call the readers in their order. They raise ValueError for a file that cannot be read though others can.
+    Raises UserError if the source is missing, or damaged as a whole.
     """
     try:
         if source.is_dir():
@@ -116,19 +111,8 @@ def list_tar(archive: tarfile.TarFile) -> tuple[list, list]:
     return [(name, target.size, partial(read, target)) for name, target in targets], others
 
 
-def column_name(text: str) -> tuple[str, str]:
-    """An argparse type: `age=real_age` → ("age", "real_age")."""
-    column, _, name = text.partition("=")
-    if column not in SPELLINGS or not name:
-        raise argparse.ArgumentTypeError(f"must be file=…, age=…, gender=… or race=…, not {text}")
-    return column, name
-
-
 def parse_age(text: str) -> tuple[float, float]:
-    """First and last year of an age (`31.5`), a range (`20-29`, `more than 70`) or the name of an age group.
-
-    Raises ValueError with the reason why it is none.
-    """
+    """First and last year of an age (`31.5`), a range (`20-29`, `70+`) or an age group; else ValueError."""
     word = text.strip().lower()
     if word in UNKNOWN:
         raise ValueError("no age")
@@ -147,58 +131,56 @@ def parse_age(text: str) -> tuple[float, float]:
 
 def parse_label(kind: str, text: str, strange: Counter) -> int:
     """Index of a gender or race, -1 for one that is missing or not known; `strange` counts the latter."""
-    names = {"gender": GENDERS, "race": RACES}[kind]
     word = text.strip().lower().removesuffix(".0")  # as pandas writes whole numbers beside gaps
-    words = {name.lower(): i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
-    words |= WORDS[kind] | dict.fromkeys(UNKNOWN, -1)
-    if word not in words:
+    for index, words in enumerate(WORDS[kind]):
+        if word in (*words, str(index)):
+            return index
+    if word not in UNKNOWN:
         strange[f"{kind} {text.strip()!r}"] += 1
-    return words.get(word, -1)
+    return -1
 
 
-def read_labels(path: str, columns: dict[str, str]) -> list[tuple[str, tuple | str]]:
+def read_labels(path: str) -> list[tuple[str, tuple | str]]:
     """The rows of a table: (file, (first year, last year, gender, race) or the reason why it has no age).
 
-    columns: other names of the columns in `SPELLINGS`. Words for gender and race that are not known count as
-    missing, and are named on stderr. Raises UserError if the table cannot be read or lacks a column.
+    Strange words for gender and race count as missing, and are named on stderr. UserError if the table cannot
+    be read or lacks a column.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
-        header = {name.strip().lower(): name for name in table.fieldnames or ()}
+        header = [name.strip().lower() for name in table.fieldnames or ()]
+        for column, spellings in SPELLINGS.items():
+            name = next((name for name in spellings if name in header), None)
+            if name:
+                header[header.index(name)] = column
+        table.fieldnames = header
         lines = list(table)
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--labels {path} cannot be read ({reason}): give a CSV in UTF-8") from None
-    place = {}
-    for column, spellings in SPELLINGS.items():
-        wanted = [columns[column].strip().lower()] if column in columns else spellings
-        place[column] = next((header[name] for name in wanted if name in header), None)
-        if place[column] is None and (column in columns or column in ("file", "age")):
-            raise UserError(
-                f"--labels {path}: no column {wanted[0]} in its first line ({', '.join(header)[:80]}): "
-                f"name the columns there, or give --columns {column}=NAME"
-            )
+    for column in ("file", "age"):
+        if column not in header:
+            first = ", ".join(header)[:80]
+            raise UserError(f"--labels {path}: no column {column} in its first line ({first}): name it there")
     rows, strange = [], Counter()
     for number, line in enumerate(lines, 1):
-        gender, race = (line[place[kind]] if place[kind] else "" for kind in ("gender", "race"))
         try:
-            years = parse_age(line[place["age"]])
-            label = *years, parse_label("gender", gender, strange), parse_label("race", race, strange)
+            label = (
+                *parse_age(line["age"]),
+                *(parse_label(kind, line.get(kind, ""), strange) for kind in WORDS),
+            )
         except ValueError as error:
             label = str(error)
-        rows.append((line[place["file"]].strip() or f"row {number}", label))
+        rows.append((line["file"].strip() or f"row {number}", label))
     for word, count in strange.items():
         print(f"warning: {word} is unknown to --labels, in {count:,} rows", file=sys.stderr)
     return rows
 
 
 def make_stem(first: float, last: float, gender: int, race: int, path: str) -> str:
-    """The stem of an own face, as `utkface.parse_stem` reads it; years to two decimals, -1 if not known.
-
-    The path is percent-encoded where it must be, and cut if it is long.
-    """
+    """The stem of an own face, as `utkface.parse_stem` reads it: a label below 0 is unknown."""
     years = f"{round(first, 2):g}"
     if first != last:
         years += f"-{round(last, 2):g}"
@@ -213,8 +195,7 @@ def make_stem(first: float, last: float, gender: int, race: int, path: str) -> s
 def match_labels(rows: list, names: list[str], source: Path) -> tuple[dict[str, str], dict[str, str]]:
     """The stems of the files that rows of `read_labels` name, and why the other files and rows have none.
 
-    names: paths of the files within `source`. A row names one of them by its path, or by its bare name where
-    no other file has it.
+    A row names one of `names`, paths within `source`, by its path, or by its bare name if no other has it.
     """
     composed = partial(unicodedata.normalize, "NFC")  # macOS takes letters and their accents apart
     files, labels, reasons, stems = defaultdict(list), {}, {}, {}

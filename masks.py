@@ -11,13 +11,11 @@ sheet to look at). Own faces have the path of their picture in place of the time
 more. Pairs that are already there stay as they are: an interrupted run goes on where it stopped.
 """
 
-import os
 import posixpath
 import sys
 import threading
-import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import product
@@ -141,8 +139,9 @@ def mask_function(parser: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     try:
         network_mask(np.zeros((64, 64, 3), np.uint8), parser)
     except (cv2.error, ValueError):
-        known = "resnet18.onnx of yakhyo/face-parsing"
-        raise cli.UserError(f"--parser {parser} is no face-parsing ONNX: take {known}") from None
+        raise cli.UserError(
+            f"--parser {parser} is no face-parsing ONNX, such as yakhyo's resnet18.onnx"
+        ) from None
     return partial(network_mask, path=parser)
 
 
@@ -204,17 +203,30 @@ NOTES = {  # what is said of pictures that are used
 }
 
 
-def find_stems(args, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The stems of the pairs to write, by file, and why other files, and rows of --labels, have none."""
+def list_jobs(args, files: list, skipped: list) -> list[tuple[str, str, Callable]]:
+    """(file, stem, reader) of each picture to use; adds (file, reason) of the others to `skipped`."""
+    names = [name for name, *_ in files]
     if args.labels:
-        rows = inputs.read_labels(args.labels, dict(args.columns or ()))
-        return inputs.match_labels(rows, names, Path(args.input))
-    labels = {name: utkface.parse_name(posixpath.basename(name)) for name in names}
-    stems = {name: face.stem for name, face in labels.items() if face}
-    return stems, dict.fromkeys(labels.keys() - stems.keys(), MALFORMED)
+        stems, reasons = inputs.match_labels(inputs.read_labels(args.labels), names, Path(args.input))
+    else:
+        labels = {name: utkface.parse_name(posixpath.basename(name)) for name in names}
+        stems = {name: face.stem for name, face in labels.items() if face}
+        reasons = dict.fromkeys(labels.keys() - stems.keys(), MALFORMED)
+    skipped += reasons.items()
+    jobs, first = [], {}
+    for name, size, read in files:
+        stem = stems.get(name)
+        if stem in first:
+            skipped.append((name, f"same name as {first[stem]}"))
+        elif stem and size > MAX_BYTES:
+            skipped.append((name, f"larger than {MAX_BYTES // 2**20} MiB"))
+        elif stem:
+            first[stem] = name
+            jobs.append((name, stem, read))
+    return jobs
 
 
-def remove_other_labels(output: Path, stems: Iterable[str], overwrite: bool):
+def remove_other_labels(output: Path, stems: list[str], overwrite: bool):
     """Removes the pairs of pictures that an older table gave another label; UserError without `overwrite`."""
     by_picture = {stem.split("_", 3)[3]: stem for stem in stems}
     for path in output.glob("*_image.png"):
@@ -230,6 +242,10 @@ def write_png(path: Path, pixels: np.ndarray):
     encoded = cv2.imencode(".png", pixels, PNG_FLAGS)[1]
     with cli.atomic_path(path) as temporary:
         temporary.write_bytes(encoded)
+
+
+def is_written(output: Path, stem: str) -> bool:
+    return all((output / f"{stem}_{part}.png").is_file() for part in ("image", "mask"))
 
 
 def write_pair(data: bytes, stem: str, output: Path, find_mask: Callable, find_face: Callable) -> list[str]:
@@ -251,64 +267,34 @@ def write_pair(data: bytes, stem: str, output: Path, find_mask: Callable, find_f
     return notes
 
 
-def write_pairs(args, write: Callable[[bytes, str], list[str]]):
-    """Writes the missing pairs. Returns counts, the files of each of `NOTES`, and (file, reason) skipped."""
-    source, output, workers = Path(args.input), Path(args.output), max(args.workers, 1)
-    there = set(os.listdir(output)) if output.is_dir() and not args.overwrite else set()
-    counts, notes, first, wanted, jobs = Counter(), defaultdict(list), {}, [], deque()
+def write_pairs(jobs: list, write: Callable, workers: int) -> list[tuple[str, list[str], str]]:
+    """Writes each (file, stem, reader); returns each file, its notes, and why it was skipped ("" if not)."""
+    queue, lock = iter(jobs), threading.Lock()
 
-    def finish_oldest():
-        name, job = jobs.popleft()
+    def write_next(_):
         try:
-            for note in job.result():
-                notes[note].append(name)
-            counts["written"] += 1
+            with lock:  # an archive is read in its order, and only as fast as it is written
+                name, stem, read = next(queue)
+                data = read()
+            return name, write(data, stem), ""
         except ValueError as error:
-            skipped.append((name, str(error)))
+            return name, [], str(error)
 
-    with inputs.open_files(source, output) as (files, skipped), ThreadPoolExecutor(workers) as pool:
-        counts["files"] = len(files) + len(skipped)
-        stems, reasons = find_stems(args, [name for name, *_ in files])
-        skipped += reasons.items()
-        if args.labels:
-            remove_other_labels(output, stems.values(), args.overwrite)
-        for name, size, read in files:
-            stem = stems.get(name)
-            if stem is None:
-                continue
-            if stem in first:
-                skipped.append((name, f"same name as {first[stem]}"))
-            elif size > MAX_BYTES:
-                skipped.append((name, f"larger than {MAX_BYTES // 2**20} MiB"))
-            elif {f"{stem}_image.png", f"{stem}_mask.png"} <= there:
-                counts["there"] += 1
-            else:
-                wanted.append((name, stem, read))
-            first.setdefault(stem, name)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            for name, stem, read in cli.progress(wanted, "masks", unit=" files"):
-                try:
-                    jobs.append((name, pool.submit(write, read(), stem)))
-                except ValueError as error:
-                    skipped.append((name, str(error)))
-                if len(jobs) > 16 * workers:  # an archive need not fit in memory
-                    finish_oldest()
-            while jobs:
-                finish_oldest()
+            results = pool.map(write_next, jobs)
+            return list(cli.progress(results, "masks", len(jobs), unit=" files"))
         finally:
             pool.shutdown(cancel_futures=True)
-    return counts, notes, sorted(skipped)
 
 
-def contact_sheet(output: Path, stems: list[str], count: int = 36, columns: int = 4, side: int = 104):
-    """Image, mask and overlay of `count` faces spread evenly over `stems`, uint8 BGR (H, W, 3)."""
-    tiles = []
-    for i in np.unique(np.linspace(0, len(stems) - 1, count).astype(int)):
+def contact_sheet(output: Path, stems: list[str]) -> np.ndarray:
+    """Image, mask and overlay of 36 faces spread evenly over `stems`, uint8 BGR (H, W, 3)."""
+    side, columns, tiles = 104, 4, []
+    for i in np.unique(np.linspace(0, len(stems) - 1, 36).astype(int)):
         image, mask = (utkface.read_image(output / f"{stems[i]}_{part}.png") for part in ("image", "mask"))
         image, mask = utkface.resize(image, side), utkface.resize(mask, side)
         overlay = (image * (0.35 + 0.65 * mask / 255)).astype(np.uint8)
-        contours = cv2.findContours(mask[..., 0] // 128, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
-        cv2.drawContours(overlay, contours, -1, (120, 230, 90), 1, cv2.LINE_AA)
         tile = np.hstack([image, mask, overlay])
         tile = cv2.copyMakeBorder(tile, 8, 24, 14, 14, cv2.BORDER_CONSTANT, value=(255, 255, 255))
         age, font = stems[i].split("_")[0], cv2.FONT_HERSHEY_SIMPLEX
@@ -324,8 +310,6 @@ def get_parser():
     add = parser.add_argument
     add("--input", default="dataset/raw", help="folder, .tar.gz or .zip of UTKFace's faces, or of own ones")
     add("--labels", metavar="FILE.csv", help="table of own faces: file, age, and perhaps gender and race")
-    add("--columns", nargs="+", metavar="COLUMN=NAME", type=inputs.column_name,
-        help="what --labels calls its columns, such as age=real_age")
     add("--detect", nargs="?", choices=["single", "largest"], const="single",
         help="whole photographs: find the one face in each, or the largest")
     add("--detector", metavar="FILE.onnx", help="another YuNet than the one that is downloaded")
@@ -349,33 +333,40 @@ def main(args):
     write = partial(write_pair, output=output, find_mask=find_mask, find_face=find_face)
     cli.remove_leftovers(output)
 
-    start = time.perf_counter()
-    counts, notes, skipped = write_pairs(args, write)
-    speed = counts["written"] / (time.perf_counter() - start)
+    with inputs.open_files(Path(args.input), output) as (files, skipped):
+        total = len(files) + len(skipped)
+        jobs = list_jobs(args, files, skipped)
+        if args.labels:
+            remove_other_labels(output, [stem for _, stem, _ in jobs], args.overwrite)
+        missing = [job for job in jobs if args.overwrite or not is_written(output, job[1])]
+        results = write_pairs(missing, write, args.workers)
+    skipped = sorted([*skipped, *((name, reason) for name, _, reason in results if reason)])
+    written = sum(not reason for _, _, reason in results)
+    there = len(jobs) - len(missing)
 
     skips = f"{len(skipped):,} skipped"
     if skipped:
         [(reason, count)] = Counter(reason.split(":")[0] for _, reason in skipped).most_common(1)
         skips += f", most of them ({count:,}) for: {reason}"
-    if counts["files"] or skipped:
+    if total or skipped:
         rows = [{"file": name, "reason": reason} for name, reason in skipped]
         cli.write_csv(output / "skipped.csv", rows, ["file", "reason"])
-    if not counts["written"] + counts["there"]:
+    if not written + there:
         remedy = f"see {output / 'skipped.csv'}"
         if MALFORMED in skips:
             remedy = "name UTKFace's folder or archive, or give --labels"
-        failure = f"none of its {counts['files']:,} files can be used"
-        raise cli.UserError(f"--input {args.input}: {failure}: {skips}; {remedy}")
-    stems = sorted(path.name.removesuffix("_mask.png") for path in output.glob("*_mask.png"))
-    stems = [stem for stem in stems if (output / f"{stem}_image.png").is_file()]
+        raise cli.UserError(
+            f"--input {args.input}: none of its {total:,} files can be used: {skips}; {remedy}"
+        )
+    stems = sorted(stem for _, stem, _ in jobs if is_written(output, stem))
     write_png(output / "preview.png", contact_sheet(output, stems))
     for note, text in NOTES.items():
-        if notes[note]:
-            example = min(notes[note])
-            print(f"warning: {len(notes[note]):,} pictures {text} (such as {example})", file=sys.stderr)
+        names = [name for name, notes, _ in results if note in notes]
+        if names:
+            print(f"warning: {len(names):,} pictures {text} (such as {min(names)})", file=sys.stderr)
     print(
-        f"{output}: {counts['files']:,} files: {counts['written']:,} pairs written ({speed:.0f}/s), "
-        f"{counts['there']:,} already there, {skips}; see skipped.csv and preview.png"
+        f"{output}: {total:,} files: {written:,} pairs written, {there:,} already there, {skips}; "
+        "see skipped.csv and preview.png"
     )
 
 

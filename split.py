@@ -4,11 +4,9 @@
     python split.py --fractions 0 0 1 --input exam --output exam_split
 
 Every age group is shared out in the fractions asked for. Near-duplicates, which are crops of one photograph,
-stay together, and so does what they are linked to through others. A pair counts where its 32x32 grey
+stay together, and so does what they are linked to through others. A pair counts where its 32×32 grey
 thumbnails correlate above 0.98, or, once an affine fit has laid one face on the other, mirrored or not, above
---near-duplicate. Pairs whose ages disagree are listed in `conflicts.csv`.
-
-The result depends on the faces, the flags and the seed alone. An unchanged split is left as it is.
+--near-duplicate. Pairs whose ages disagree are listed in `conflicts.csv`. An unchanged split stays as it is.
 """
 
 import filecmp
@@ -49,15 +47,13 @@ class Pair(NamedTuple):
 
 def read_thumbnails(folder, faces, workers):
     """The images in grey, uint8 (N, 64, 64); UserError if a pair cannot be read, or its sizes differ."""
-    thumbnails = np.empty((len(faces), 64, 64), np.uint8)
 
-    def load(index):
-        thumbnails[index] = resize(read_pair(folder, faces[index].stem, cv2.IMREAD_GRAYSCALE)[0], 64)
+    def load(face):
+        return resize(read_pair(folder, face.stem, cv2.IMREAD_GRAYSCALE)[0], 64)
 
     with ThreadPool(max(workers, 1)) as pool:
-        loading = pool.imap_unordered(load, range(len(faces)), chunksize=16)
-        list(cli.progress(loading, "thumbnails", len(faces), unit="face"))
-    return thumbnails
+        loading = pool.imap(load, faces, chunksize=16)
+        return np.stack(list(cli.progress(loading, "thumbnails", len(faces), unit="face")))
 
 
 def unit_vectors(images):
@@ -70,13 +66,12 @@ def unit_vectors(images):
 def aligned_correlation(image, other):
     """Correlation of two grey images (H, W) where they overlap, once an affine map lays one on the other.
 
-    The map maximises the enhanced correlation coefficient (Evangelidis & Psarakis, TPAMI 2008). 0 if that
-    does not converge, or leaves less than half of the image to compare.
+    The map is by Evangelidis & Psarakis, TPAMI 2008. 0 if that does not converge, or leaves less than half.
     """
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 50, 1e-4)
     try:
         warp = cv2.findTransformECC(image, other, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, stop)[1]
-    except cv2.error:  # it does not converge
+    except cv2.error:
         return 0.0
     size = image.shape[::-1]
     moved = cv2.warpAffine(other, warp, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
@@ -87,20 +82,24 @@ def aligned_correlation(image, other):
     return float(first @ second)
 
 
-def find_candidates(vectors, others, block):
-    """Yields an index, later ones (K,) that correlate with it above `CANDIDATE`, and their correlations (K,).
+def find_candidates(vectors, others, least, groups, block):
+    """Yields an index, later ones (K,) that correlate with it above `least`, and their correlations (K,).
 
-    vectors, others: (N, D). Compares block by block: time grows with N², memory with N.
+    vectors, others: (N, D). groups: (N,), which the caller joins as it goes: within a group of more than
+    `MANY` nothing is yielded. Compares block by block: time grows with N², memory with N.
     """
     starts = range(0, len(vectors), block)
     blocks = [(top, left) for top in starts for left in starts if left >= top]
     for top, left in cli.progress(blocks, "near-duplicates", unit="block"):
         correlation = vectors[top : top + block] @ others[left : left + block].T  # block×block
-        for row in np.flatnonzero((correlation > CANDIDATE).any(axis=1)).tolist():
-            columns = np.flatnonzero(correlation[row] > CANDIDATE)
-            columns = columns[left + columns > top + row]
-            if len(columns):
-                yield top + row, left + columns, correlation[row, columns]
+        for row in np.flatnonzero((correlation > least).any(axis=1)).tolist():
+            first, found = top + row, left + np.flatnonzero(correlation[row] > least)
+            found = found[found > first]
+            together = groups == groups[first]
+            if together.sum() > MANY:
+                found = found[~together[found]]
+            if len(found):
+                yield first, found, correlation[row, found - left]
 
 
 def find_near_duplicates(thumbnails, threshold, workers=1, block=2048):
@@ -112,34 +111,24 @@ def find_near_duplicates(thumbnails, threshold, workers=1, block=2048):
     """
     small = np.stack([resize(thumbnail, 32) for thumbnail in thumbnails])
     upright, mirrored = unit_vectors(small), unit_vectors(small[:, :, ::-1])
-    found, groups = {}, np.arange(len(small))  # the group of each item so far
-
-    def worth_listing(first, others):
-        return (groups[others] != groups[first]) | ((groups == groups[first]).sum() <= MANY)
-
-    def join(first, others):
+    groups = np.arange(len(small))  # of each item, so far
+    lying, aligned = {}, {}  # the correlation of each pair
+    for first, others, correlations in find_candidates(upright, upright, AS_THEY_LIE, groups, block):
+        lying |= {(first, second): value for second, value in zip(others.tolist(), correlations.tolist())}
         groups[np.isin(groups, groups[others])] = groups[first]
-
-    def align(first, flip, second):
-        other = thumbnails[second][:, ::-1].copy() if flip else thumbnails[second]
-        return aligned_correlation(thumbnails[first], other)
-
-    for first, others, correlation in find_candidates(upright, upright, block):
-        close = correlation > AS_THEY_LIE
-        listed = close & worth_listing(first, others)
-        for second, strength in zip(others[listed].tolist(), correlation[listed].tolist()):
-            found[first, second] = Pair(first, second, strength, aligned=False)
-        join(first, others[close])
     with ThreadPool(max(workers, 1)) as pool:
-        for flip, vectors in enumerate((upright, mirrored)):
-            for first, others, _ in find_candidates(upright, vectors, block):
-                others = others[worth_listing(first, others)].tolist()
-                for second, strength in zip(others, pool.map(partial(align, first, flip), others)):
-                    known = found.get((first, second), Pair(first, second, threshold, aligned=True))
-                    if known.aligned and strength > known.correlation:
-                        found[first, second] = known._replace(correlation=strength)
-                        join(first, [second])
-    return sorted(found.values())
+        for pictures, vectors in ((thumbnails, upright), (thumbnails[:, :, ::-1], mirrored)):
+            for first, others, _ in find_candidates(upright, vectors, CANDIDATE, groups, block):
+                others = [second for second in others.tolist() if (first, second) not in lying]
+                align = partial(aligned_correlation, thumbnails[first])
+                correlations = pool.map(align, np.ascontiguousarray(pictures[others]))
+                for second, correlation in zip(others, correlations):
+                    if correlation > aligned.get((first, second), threshold):
+                        aligned[first, second] = correlation
+                        groups[groups == groups[second]] = groups[first]
+    pairs = [Pair(*pair, correlation, aligned=False) for pair, correlation in lying.items()]
+    pairs += [Pair(*pair, correlation, aligned=True) for pair, correlation in aligned.items()]
+    return sorted(pairs)
 
 
 def connect(count, pairs):
@@ -179,9 +168,8 @@ def assign(groups, components, fractions, seed):
 def share_out(groups, pairs, fractions, seed):
     """Splits 0–2 for N faces of age `groups`, near-duplicates together.
 
-    In two steps, on purpose: shares are dealt by pairs as they lie, and what aligning links moves to the
-    earliest split that one of them is in. So a split made before there was aligning stays the same but for
-    those few, and none of its train and val faces becomes a test face: earlier models can be scored here.
+    Shares are dealt by pairs as they lie, and what aligning links moves to the earliest split that one of
+    them is in: so the train and val faces of splits made before there was aligning never become test faces.
     """
     as_they_lie = [pair for pair in pairs if not pair.aligned]
     dealt = assign(groups, connect(len(groups), as_they_lie), fractions, seed)
@@ -192,21 +180,19 @@ def share_out(groups, pairs, fractions, seed):
 
 
 def print_table(groups, splits):
-    """Prints how many faces of each age group lie in each split, and their share of the group."""
-    print(f"{'':14}" + "".join(f"{name:>16}" for name in (*SPLITS, "all")))
+    """Prints how many faces of each age group lie in each split."""
+    print(f"{'':14}" + "".join(f"{name:>8}" for name in (*SPLITS, "all")))
     for row, name in enumerate([*GROUP_NAMES, "all"]):
         chosen = splits[groups == row] if row < len(GROUP_NAMES) else splits
         counts = np.bincount(chosen, minlength=len(SPLITS))
-        cells = "".join(f"{count:>8} {count / max(len(chosen), 1):>6.1%} " for count in counts)
-        print(f"{name:14}{cells}{len(chosen):>16}")
+        print(f"{name:14}" + "".join(f"{count:>8}" for count in (*counts, len(chosen))))
 
 
 def warn_of_gaps(groups, splits, fractions):
     """Says on stderr which splits came out empty, and which age groups train lacks."""
-    empty = [name for i, name in enumerate(SPLITS) if fractions[i] > 0 and not (splits == i).any()]
-    if empty:
-        what = f"{' and '.join(empty)} came out empty, since there are few faces of each age group"
-        print(f"warning: {what}: add faces, or give other --fractions", file=sys.stderr)
+    for i, name in enumerate(SPLITS):
+        if fractions[i] > 0 and i not in splits:
+            print(f"warning: {name} came out empty: add faces, or give other --fractions", file=sys.stderr)
     missing = [name for i, name in enumerate(GROUP_NAMES) if i not in groups[splits == 0]]
     if missing and fractions[0] > 0:
         what = f"train holds no face of {', '.join(missing)}"
@@ -234,20 +220,17 @@ def same_split(new, old):
     pictures = {path.relative_to(new) for path in new.glob("*/*.png")}
     if pictures != {path.relative_to(old) for path in old.glob("*/*.png")}:
         return False
-    for name in ("split.csv", "conflicts.csv", "split.yaml", *pictures):
-        if not (old / name).is_file():
-            return False
-        linked = os.path.samefile(new / name, old / name)
-        if not linked and not filecmp.cmp(new / name, old / name, shallow=False):
-            return False
-    return True
+    names = ["split.csv", "conflicts.csv", "split.yaml"]
+    names += [name for name in pictures if not os.path.samefile(new / name, old / name)]
+    _, other, missing = filecmp.cmpfiles(new, old, names, shallow=False)
+    return not other + missing
 
 
 def write_split(source, target, rows, conflicts, settings, overwrite):
     """Builds the folders beside `target`, with hard links to the pairs where possible, and renames.
 
-    A split that is replaced goes before the new one comes: a kill in between leaves none, and none by halves.
-    Returns whether `target` holds this split already; raises UserError if it holds another one.
+    Returns whether `target` holds this split already; raises UserError if it holds another one. A kill leaves
+    the old split, the new one or none.
     """
     building = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     new = building / "new"
@@ -268,8 +251,7 @@ def write_split(source, target, rows, conflicts, settings, overwrite):
             return True
         if target.exists():
             if not overwrite and any(target.iterdir()):
-                what = "was made from other faces or settings"
-                raise cli.UserError(f"--output {target} {what}: --overwrite replaces it")
+                raise cli.UserError(f"--output {target} holds another split: --overwrite replaces it")
             target.rename(building / "old")
         new.rename(target)
         return False
@@ -297,8 +279,7 @@ def get_parser():
 
 def main(args):
     if abs(sum(args.fractions) - 1) > 1e-6:
-        total = f"{sum(args.fractions):g}"
-        raise cli.UserError(f"--fractions sum to {total}, not to one: mend them, such as 0.7 0.1 0.2")
+        raise cli.UserError("--fractions do not sum to one: mend them, such as 0.7 0.1 0.2")
     source, target = Path(args.input), Path(os.path.realpath(args.output))  # what a link leads to is replaced
     cli.check_writable("--output", args.output)
     faces = list_pairs(source)
@@ -322,13 +303,11 @@ def main(args):
 
     print_table(groups, splits)
     warn_of_gaps(groups, splits, args.fractions)
-    copies = [row["duplicate_of"] for row in rows if row["duplicate_of"]]
-    families = len(set(copies))
-    aligned = sum(pair.aligned for pair in pairs)
+    families = {row["duplicate_of"] for row in rows if row["duplicate_of"]}
     print(
         f"{args.output} {'holds this split already' if there else 'written'}: {len(faces)} faces; "
-        f"{len(pairs)} near-duplicate pairs, {aligned} of them only when aligned, in {families} groups "
-        f"of {len(copies) + families} faces {'may straddle splits' if args.random else 'stay together'}; "
+        f"{len(pairs)} near-duplicate pairs in {len(families)} groups "
+        f"{'may straddle splits' if args.random else 'stay together'}; "
         f"{len(conflicts)} pairs disagree on the age (conflicts.csv)"
     )
 

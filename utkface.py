@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -62,11 +61,8 @@ def parse_stem(stem: str) -> Face | None:
         return None
     first, last = (float(years) if "." in years else int(years) for years in (match[1], match[2] or match[1]))
     gender, race = (-1 if label == "x" else int(label) for label in (match[3], match[4]))
-    if first > last:
-        return None
-    if first == last:  # stays an int
-        return Face(stem, first, gender, race)
-    return Face(stem, (first + last) / 2, gender, race, spread=(last - first) / 2)
+    age = first if first == last else (first + last) / 2
+    return Face(stem, age, gender, race, spread=(last - first) / 2) if first <= last else None
 
 
 def parse_name(name: str) -> Face | None:
@@ -88,25 +84,20 @@ def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
     names = set(os.listdir(folder))
     images = sorted(name for name in names if name.endswith("_image.png"))
     if not images:
-        remedy = "run masks.py and split.py, with more faces or other --fractions"
-        raise UserError(f"{folder} holds no *_image.png: {remedy}")
-    faces = []
-    for name in images:
-        stem = name.removesuffix("_image.png")
-        face = parse_stem(stem)
+        raise UserError(f"{folder} holds no *_image.png: run masks.py and split.py, with more faces")
+    faces = [parse_stem(name.removesuffix("_image.png")) for name in images]
+    for name, face in zip(images, faces):
         if face is None:
             raise UserError(f"{folder / name}: the name does not start <age>_<gender>_<race>_; remove it")
-        if need_masks and f"{stem}_mask.png" not in names:
-            raise UserError(f"{folder / name} has no {stem}_mask.png beside it: run masks.py again")
-        faces.append(face)
+        if need_masks and f"{face.stem}_mask.png" not in names:
+            raise UserError(f"{folder / name} has no {face.stem}_mask.png beside it: run masks.py again")
     return faces
 
 
 def walk_files(folder: str | Path, leave_out: Iterable = ()) -> tuple[list[Path], dict[Path, str]]:
     """The files below a folder, sorted, and the reason for each path that cannot be read.
 
-    Links are followed, and each folder is read once. The folders in `leave_out` and Synology's `@eaDir` are
-    not searched.
+    Links are followed, each folder is read once, those in `leave_out` and Synology's `@eaDir` are not.
     """
     files, unreadable, tops = [], {}, [folder]
     seen = {os.path.realpath(path) for path in leave_out}
@@ -122,13 +113,10 @@ def walk_files(folder: str | Path, leave_out: Iterable = ()) -> tuple[list[Path]
             seen.add(os.path.realpath(place))
             tops += [Path(place, name) for name in sorted(folders) if Path(place, name).is_symlink()]
             for path in (Path(place, name) for name in names):
-                try:
-                    if stat.S_ISREG(path.stat().st_mode):
-                        files.append(path)
-                    else:
-                        unreadable[path] = "not a regular file"
-                except OSError as error:
-                    refuse(error)
+                if os.path.isfile(path):
+                    files.append(path)
+                else:
+                    unreadable[path] = "not a file that can be read"
     return sorted(files), unreadable
 
 
@@ -152,8 +140,7 @@ MID_GREY = (128, 128, 128, 255)  # what lies under transparent pixels
 def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an image to uint8 BGR (H, W, 3), or grey (H, W), upright as its EXIF says, on mid-grey.
 
-    Raises ValueError with the reason if it is no whole image, below `MIN_SIDE` a side, or above `max_pixels`
-    in all, seen before decoding.
+    Raises ValueError if it is no whole image, below `MIN_SIDE` a side, or above `max_pixels` in all.
     """
     try:
         picture = Image.open(io.BytesIO(data))  # reads no pixels yet
@@ -169,13 +156,13 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
     transparent = "A" in picture.getbands() or "transparency" in picture.info
     by_pillow = transparent or picture.format == "AVIF"  # which OpenCV does not turn as EXIF says
     ends_well = ENDS.get(picture.format, b"") in data[-1024:]  # else it is cut, or appended to: slow to tell
-    if by_pillow or not ends_well:
-        try:
+    try:
+        if by_pillow:
+            return flatten(picture, flags)
+        if not ends_well:
             picture.load()
-            if by_pillow:
-                return flatten(picture, flags)
-        except Exception:
-            raise ValueError("truncated image") from None
+    except Exception:
+        raise ValueError("truncated image") from None
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
@@ -187,11 +174,9 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
 
 def page_count(data: bytes) -> int:
     """How many pages an encoded TIFF has, of which `decode_image` reads the first; 1 for what is no TIFF."""
-    if not data.startswith((b"II*\0", b"MM\0*")):
-        return 1
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return picture.n_frames
+        picture = Image.open(io.BytesIO(data))
+        return picture.n_frames if picture.format == "TIFF" else 1
     except Exception:  # what Pillow raises depends on where the chain of pages breaks
         return 1
 
@@ -212,7 +197,7 @@ def read_image(path: str | Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
     try:
         return decode_image(Path(path).read_bytes(), flags)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", error)
         remedy = "delete it and run the stage that wrote it again"
         raise UserError(f"{path} is not a readable image ({reason}): {remedy}") from None
 

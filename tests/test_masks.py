@@ -184,7 +184,7 @@ def test_linked_folders_are_read_and_the_output_is_not(raw, tmp_path, cli):
     for word in ("12 pairs written", "12 already there"):
         code, out, _ = cli("masks", *flags)
         assert code == 0 and "13 files" in out and word in out
-        assert skipped(tmp_path / "in/out") == {"gone.jpg": "No such file or directory"}
+        assert skipped(tmp_path / "in/out") == {"gone.jpg": "not a file that can be read"}
 
 
 def test_what_cannot_be_used_at_all_is_an_error(raw, tmp_path, refuse, monkeypatch):

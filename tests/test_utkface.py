@@ -147,9 +147,9 @@ def test_links_are_followed_and_what_cannot_be_read_is_named(tmp_path, monkeypat
     files, unreadable = walk_files(top, [top / "out"])
     assert files == [top / name for name in ("4.jpg", "b/deep/3.jpg", "z/1.jpg")]
     assert {path.relative_to(top).as_posix(): reason for path, reason in unreadable.items()} == {
-        "b/locked": "Permission denied", "gone.jpg": "No such file or directory",
-        "self.jpg": "Too many levels of symbolic links", "pipe.jpg": "not a regular file",
-    }  # fmt: skip
+        "b/locked": "Permission denied",
+        **dict.fromkeys(("gone.jpg", "self.jpg", "pipe.jpg"), "not a file that can be read"),
+    }
 
 
 def test_how_a_split_was_made(tmp_path):

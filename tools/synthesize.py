@@ -1,12 +1,10 @@
 """Draws faces of known age, with their true masks, under UTKFace's own file names.
 
-    python tools/synthesize.py
-    python tools/synthesize.py --output dataset/raw --count 2000 --seed 0
+    python tools/synthesize.py --output dataset/raw --count 2000
 
 Writes 200×200 crops `<age>_<gender>_<race>_<timestamp>.jpg.chip.jpg` into `--output`, and the visible skin of
-each face as `<age>_<gender>_<race>_<timestamp>_mask.png` (one channel, 0/255) into `<output>_masks`. Age
-groups have UTKFace's shares, and each sign of age follows an apparent age of its own, so that groups overlap
-as they do in photographs.
+each as `…_mask.png` (one channel, 0/255) into `<output>_masks`. Age groups have UTKFace's shares, and each
+sign of age follows an apparent age of its own, so that groups overlap as they do in photographs.
 """
 
 import sys
@@ -240,15 +238,6 @@ def plan_faces(count: int, seed: int) -> list[tuple[str, int, int, int]]:
     return [("{}_{}_{}_2017{:06}{:07}".format(*face, seed % 10**6, i), *face) for i, face in faces]
 
 
-def write_face(index: int, seed: int, labels: tuple[int, int, int], image_path: Path, mask_path: Path):
-    """Draws and writes a face and its mask."""
-    rng = np.random.default_rng((seed, index))  # its own: a face must not depend on who draws it, or when
-    image, mask = draw_face(sample_looks(rng, *labels), rng)
-    for path, kind, picture in ((mask_path, ".png", mask), (image_path, ".jpg", image[..., ::-1])):
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(cv2.imencode(kind, picture)[1])
-
-
 def get_parser():
     parser = script_parser("synthesize", __doc__)
     parser.add_argument("--output", default="dataset/raw", help="folder to write; masks go to <output>_masks")
@@ -260,6 +249,14 @@ def main(args):
     images, masks = Path(args.output), Path(f"{Path(args.output)}_masks")
     plan = plan_faces(args.count, args.seed)
     files = [(images / f"{stem}.jpg.chip.jpg", masks / f"{stem}_mask.png") for stem, *_ in plan]
+
+    def write_face(index):
+        rng = np.random.default_rng((args.seed, index))  # its own: a face must not depend on who draws it
+        image, mask = draw_face(sample_looks(rng, *plan[index][1:]), rng)
+        for path, picture in zip(files[index], (image[..., ::-1], mask)):
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(cv2.imencode(path.suffix, picture)[1])
+
     try:
         for folder in (images, masks):
             folder.mkdir(parents=True, exist_ok=True)
@@ -269,8 +266,7 @@ def main(args):
             raise UserError(f"--output {images} holds other files: empty it, or name another folder")
         todo = [i for i in range(args.count) if args.overwrite or not there.issuperset(files[i])]
         with ThreadPool(max(args.workers, 1)) as pool:
-            faces = pool.imap_unordered(lambda i: write_face(i, args.seed, plan[i][1:], *files[i]), todo)
-            list(progress(faces, "faces", len(todo), unit="face"))
+            list(progress(pool.imap_unordered(write_face, todo), "faces", len(todo), unit="face"))
     except OSError as error:
         raise UserError(f"--output {images} cannot be written ({error.strerror}): name another") from None
     print(f"{images}: {len(todo):,} faces drawn, {args.count - len(todo):,} already there; masks in {masks}")
