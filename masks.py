@@ -134,14 +134,11 @@ def mask_function(parser: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     """From `--parser` a function of image (H, W, 3) to mask (H, W) that threads can share, or a UserError."""
     if parser == "grabcut":
         return partial(grabcut_mask, seed=seed % 2**31)
-    if not Path(parser).is_file():
-        raise cli.UserError(f"--parser {parser} is no file: give grabcut, or a face-parsing ONNX")
     try:
         network_mask(np.zeros((64, 64, 3), np.uint8), parser)
     except (cv2.error, ValueError):
-        raise cli.UserError(
-            f"--parser {parser} is no face-parsing ONNX, such as yakhyo's resnet18.onnx"
-        ) from None
+        known = "grabcut, or resnet18.onnx of yakhyo/face-parsing"
+        raise cli.UserError(f"--parser {parser} is no face-parsing ONNX: give {known}") from None
     return partial(network_mask, path=parser)
 
 

@@ -179,24 +179,21 @@ def share_out(groups, pairs, fractions, seed):
     return earliest[components]
 
 
-def print_table(groups, splits):
-    """Prints how many faces of each age group lie in each split."""
+def report(groups, splits, fractions):
+    """Prints how many faces of each age group lie in each split, and warns of what is empty."""
     print(f"{'':14}" + "".join(f"{name:>8}" for name in (*SPLITS, "all")))
     for row, name in enumerate([*GROUP_NAMES, "all"]):
         chosen = splits[groups == row] if row < len(GROUP_NAMES) else splits
         counts = np.bincount(chosen, minlength=len(SPLITS))
         print(f"{name:14}" + "".join(f"{count:>8}" for count in (*counts, len(chosen))))
-
-
-def warn_of_gaps(groups, splits, fractions):
-    """Says on stderr which splits came out empty, and which age groups train lacks."""
     for i, name in enumerate(SPLITS):
         if fractions[i] > 0 and i not in splits:
             print(f"warning: {name} came out empty: add faces, or give other --fractions", file=sys.stderr)
     missing = [name for i, name in enumerate(GROUP_NAMES) if i not in groups[splits == 0]]
     if missing and fractions[0] > 0:
-        what = f"train holds no face of {', '.join(missing)}"
-        print(f"warning: {what}: no model can learn of them", file=sys.stderr)
+        print(
+            f"warning: train holds no face of {', '.join(missing)}, so no model learns them", file=sys.stderr
+        )
 
 
 def tabulate(faces, splits, pairs):
@@ -301,8 +298,7 @@ def main(args):
     settings = {key: getattr(args, key) for key in ("seed", "fractions", "near_duplicate", "random")}
     there = write_split(source, target, rows, conflicts, settings, args.overwrite)
 
-    print_table(groups, splits)
-    warn_of_gaps(groups, splits, args.fractions)
+    report(groups, splits, args.fractions)
     families = {row["duplicate_of"] for row in rows if row["duplicate_of"]}
     print(
         f"{args.output} {'holds this split already' if there else 'written'}: {len(faces)} faces; "

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import UserError, atomic_path, number, progress, remove_leftovers, run, script_parser
+from cli import UserError, atomic_path, check_writable, number, progress, remove_leftovers, run, script_parser
 from utkface import AGE_GROUPS
 
 SIDE = 200  # pixels, UTKFace's
@@ -257,18 +257,15 @@ def main(args):
             with atomic_path(path) as temporary:
                 temporary.write_bytes(cv2.imencode(path.suffix, picture)[1])
 
-    try:
-        for folder in (images, masks):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
-        there = {path for folder in (images, masks) for path in folder.glob("[!.]*")}
-        if there.difference(*files):
-            raise UserError(f"--output {images} holds other files: empty it, or name another folder")
-        todo = [i for i in range(args.count) if args.overwrite or not there.issuperset(files[i])]
-        with ThreadPool(max(args.workers, 1)) as pool:
-            list(progress(pool.imap_unordered(write_face, todo), "faces", len(todo), unit="face"))
-    except OSError as error:
-        raise UserError(f"--output {images} cannot be written ({error.strerror}): name another") from None
+    for folder in (images, masks):
+        check_writable("--output", folder)
+        remove_leftovers(folder)
+    there = {path for folder in (images, masks) for path in folder.glob("[!.]*")}
+    if there.difference(*files):
+        raise UserError(f"--output {images} holds other files: empty it, or name another folder")
+    todo = [i for i in range(args.count) if args.overwrite or not there.issuperset(files[i])]
+    with ThreadPool(max(args.workers, 1)) as pool:
+        list(progress(pool.imap_unordered(write_face, todo), "faces", len(todo), unit="face"))
     print(f"{images}: {len(todo):,} faces drawn, {args.count - len(todo):,} already there; masks in {masks}")
 
 
