@@ -107,12 +107,12 @@ def script_parser(script: str, description: str) -> Parser:
         f"{script}.py", usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    cores = usable_cores()
     # fmt: off
     add = parser.add_argument
     add("--config", metavar="FILE.yaml", help="YAML file with defaults for these flags")
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help="seed of everything random")
-    add("--workers", metavar="N", type=number(int, low=0), default=cores, help="parallel workers (cores)")
+    add("--workers", metavar="N", type=number(int, low=0), default=usable_cores(),
+        help="parallel workers (cores)")
     add("--overwrite", action="store_true", help="replace what an earlier run has written")
     # fmt: on
     return parser
@@ -129,70 +129,50 @@ def add_device_flags(parser: Parser, precision: str = "fp32"):
 
 
 def read_config(path: str, parser: Parser) -> list[str]:
-    """Command-line arguments equivalent to a YAML file, so that argparse checks both alike.
+    """The command-line arguments that say the same as a YAML file, for argparse to check.
 
     Top-level keys are this script's flags, or sections named after scripts, of which only this script's own
     is read.
     """
     try:
-        loaded = yaml.safe_load(shipped(path).read_text(encoding="utf-8")) or {}
+        settings = yaml.safe_load(shipped(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"--config {path} must hold `flag: value` lines")
-    script = parser.prog.removesuffix(".py")
-    section = loaded.pop(script, None) or {}
-    if not isinstance(section, dict):
-        raise UserError(f"--config {path}: section {script!r} must hold `flag: value` lines")
-    settings = {}
-    for key, value in loaded.items():
-        is_section = key in STAGES + TOOLS and isinstance(value, dict | None)  # --split is a flag, too
-        if not is_section:
-            settings[key] = value
-    settings |= section
-    arguments = []
-    for key, value in settings.items():
-        try:
-            arguments += as_arguments(str(key), value, parser)
-        except ValueError as error:
-            raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"it cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError("it must hold `flag: value` lines")
+    own = settings.pop(parser.prog.removesuffix(".py"), None) or {}
+    if not isinstance(own, dict):
+        raise UserError(f"section {parser.prog.removesuffix('.py')} must hold `flag: value` lines")
+    for name in STAGES + TOOLS:
+        if isinstance(settings.get(name, ""), dict | None):  # --split is a flag, too
+            settings.pop(name)
+    known, arguments = parser._option_string_actions, []
+    for key, value in (settings | own).items():
+        flag = "--" + str(key).replace("_", "-")
+        if flag not in known or flag in ("--config", "--help"):
+            raise UserError(f"unknown key {key!r}; see {parser.prog} -h for the flags")
+        if value is None:
+            raise UserError(f"{key} has no value: give one, or leave the line out")
+        is_switch = known[flag].nargs == 0
+        if isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        elif is_switch and value is True:
+            arguments.append(flag)
+        elif is_switch and value is False:
+            arguments += [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in known else []
+        else:
+            arguments.append(f"{flag}={value}")
     return arguments
-
-
-def as_arguments(key: str, value, parser: Parser) -> list[str]:
-    """The command-line arguments that say the same as a line of YAML; ValueError if the parser lacks it."""
-    flags = {option: action for action in parser._actions for option in action.option_strings}
-    flag = "--" + key.replace("_", "-")
-    if flag not in flags or flag in ("--config", "--help"):
-        raise ValueError(f"unknown key {key!r}; see {parser.prog} -h for the flags")
-    if value is None:
-        raise ValueError(f"{key} has no value: give one, or leave the line out")
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    if flags[flag].nargs != 0:
-        return [f"{flag}={value}"]
-    if not isinstance(value, bool):  # of a switch
-        raise ValueError(f"{key} must be true or false, not {value!r}")
-    if value:
-        return [flag]
-    twin = flag.replace("--", "--no-", 1)
-    return [twin] if twin in flags else []
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments from the command line over those of `--config` over the defaults."""
-    argv = sys.argv[1:] if argv is None else argv
-    early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
-    path = early.parse_known_args(argv)[0].config
-    namespace = None
-    if path and not {"-h", "--help"} & set(argv):
-        arguments = read_config(path, parser)
-        try:
-            namespace = parser.parse_args(arguments)
-        except UserError as error:
-            raise UserError(f"--config {path}: {error}") from None
-    return parser.parse_args(argv, namespace)
+    path = parser.parse_args(argv).config
+    try:
+        defaults = parser.parse_args(read_config(path, parser)) if path else None
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    return parser.parse_args(argv, defaults)
 
 
 # Flags that change where and how a run happens, not what comes out.
@@ -207,6 +187,9 @@ def settings_of(args: argparse.Namespace) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 # A script's course
 # ------------------------------------------------------------------------------------------------------------
+
+
+NO_ROOM = (errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 class Terminated(BaseException):
@@ -227,14 +210,13 @@ def run(main, parser: Parser, argv: list[str] | None = None):
     before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         main(parse_args(parser, argv))
-    except UserError as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EMFILE):
+    except (UserError, OSError, RuntimeError) as error:
+        message = str(error)
+        if getattr(error, "errno", None) in NO_ROOM or "DataLoader worker" in message:
+            message += ": make room (disk, memory, docker's --shm-size, ulimit -n), or give --workers 0"
+        elif not isinstance(error, UserError):
             raise
-        room = "make room on the disk and in /dev/shm (docker's --shm-size), or raise ulimit -n"
-        print(f"{parser.prog}: error: {error}: {room}", file=sys.stderr)
+        print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)
@@ -245,7 +227,6 @@ def run(main, parser: Parser, argv: list[str] | None = None):
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
-        sys.stdout.flush()
         sys.stdout, sys.stderr = streams
 
 
@@ -253,19 +234,13 @@ class Unbreakable:
     """A text stream that drops what nobody can read any more: a closed pipe or a full disk ends no run."""
 
     def __init__(self, stream):
-        if stream is None:  # it was closed before the start
-            stream = open(os.devnull, "w")  # noqa: SIM115
-        self.stream = stream
+        # None is a stream that was closed before the start.
+        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
 
     def write(self, text):
-        return self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, call, *args):
         try:
-            return call(*args)
+            self.stream.write(text)
+            self.stream.flush()
         except OSError:  # what is still in its buffer goes nowhere, too
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -318,50 +293,39 @@ def is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-UMASK = os.umask(0)  # the only way to read it is to set it
-os.umask(UMASK)
-
-
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = False):
     """Yields a temporary path that takes `path`'s place on success and vanishes on failure.
 
-    It has the same folder and suffix. `sync` has it on the disk before the old file goes, for what took long.
-    A link is followed, and what is no regular file (a pipe, /dev/stdout) is yielded itself. Raises UserError
-    if the disk is full or the folder cannot be written.
+    It has the same name, in a folder of its own beside. `sync` has it on the disk before the old file goes,
+    for what took long. A link is followed, and what is no regular file (a pipe, /dev/stdout) is yielded
+    itself. Raises UserError if the disk is full or the folder cannot be written.
     """
-    asked, temporary = Path(path), None
-    special = is_special(asked)
-    path = asked if special else Path(os.path.realpath(asked))
+    path = Path(path)
     try:
-        if special:
+        if is_special(path):
             yield path
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".tmp-{path.stem[:50]}-"  # a long name must not become too long
-        handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's files are private
-        if sync:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{asked} cannot be written ({error.strerror or error}): make room, or name another place"
-            ) from None
-        raise
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".tmp-{target.name[:50]}-"  # a long name must not become too long
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
+            temporary = Path(folder, target.name)
+            yield temporary
+            if sync:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be written ({reason}): make room, or name another place") from None
 
 
-def remove_leftovers(folder: Path, pattern: str = ".tmp-*"):
-    """Removes what killed runs left in `folder`, if an hour old: what is younger may be a living run's."""
+def remove_leftovers(folder: Path, pattern: str = ".tmp-*", age: float = 3600):
+    """Removes what killed runs left in `folder`; what is younger than `age` seconds may be a living run's."""
     for path in folder.glob(pattern):
         with suppress(FileNotFoundError):  # another run was quicker
-            if time.time() - path.stat().st_mtime > 3600:
+            if time.time() - path.stat().st_mtime > age:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -392,10 +356,9 @@ def write_csv(path: str | Path, rows: list[dict], columns: list[str] | None = No
         atomic_path(path, sync=True) as temporary,
         open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        returns = any("\r" in str(value) for row in rows for value in row.values())  # as in macOS' Icon\r
-        quoting = (
-            csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
-        )  # which does not quote them before Python 3.13
+        # QUOTE_MINIMAL does not quote a carriage return, as in macOS' "Icon\r", before Python 3.13.
+        returns = any("\r" in str(value) for row in rows for value in row.values())
+        quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
         writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n", quoting=quoting)
         writer.writeheader()
         writer.writerows(rows)

@@ -10,7 +10,6 @@ import random
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import looks for updates, on the network
 
@@ -24,20 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.models import ResNet18_Weights, resnet18
 
+import utkface
 from cli import UserError, atomic_path, progress, settings_of, shipped
 from devices import autocast, copy_to, gather_rows, merge_ranks, rank, world_size
-from utkface import (
-    AGE_GROUPS,
-    GENDERS,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    RACES,
-    list_pairs,
-    pixel_hash,
-    read_image,
-    read_pair,
-    resize,
-)
 
 # ------------------------------------------------------------------------------------------------------------
 # Augmentation: image and mask move together
@@ -91,26 +79,25 @@ def seed_augmentation(augment: A.Compose, *key: int):
 # Data
 # ------------------------------------------------------------------------------------------------------------
 
-
-ATTRIBUTES = {"gender": len(GENDERS), "race": len(RACES)}  # classes of each, in the order of their logits
+ATTRIBUTES = {"gender": len(utkface.GENDERS), "race": len(utkface.RACES)}  # in the order of their logits
 
 
 class FaceDataset(Dataset):
-    """Faces of split folders, one or several, decoded once and kept in memory as uint8 for all workers.
+    """Faces of one split folder or several, decoded once and kept in memory as uint8 for all workers.
 
     A batch is a dict of tensors: `image` uint8 (B, H, W, 3) RGB; `mask` uint8 (B, H, W) in {0, 1}, with
     `with_masks`; `age` (B,) in years, and `spread` (B,), the years to each side if it is a range; `group`
-    (B,) 0–5, `gender` (B,) 0–1 and `race` (B,) 0–4, -1 where unknown. Without `augmentation` the pictures are
-    the faces resized to `image_size`, which are also in `.images` and `.masks`. With it, each face gives
-    `views` of them in a row, drawn from (seed, epoch, index) alone. An index may be an int or the pair
-    (epoch, index). `.faces` lists what the names say, `.labels` holds the above of all faces, and `.hashes`
-    int64 (N,) names the pixels. Raises UserError for a missing or empty folder, an unreadable image, or a
-    mask that is missing or of another size.
+    (B,) 0–5, `gender` (B,) 0–1 and `race` (B,) 0–4, -1 where unknown. `augmentation` draws `views` of each
+    face, in a row, from (seed, epoch, index) alone. An index is an int or the pair (epoch, index).
+
+    `.faces` lists what the names say, `.labels` holds the above of all faces, `.images` and `.masks` (0–255)
+    are their pictures, and `.hashes` int64 (N,) names their pixels. Raises UserError for a missing or empty
+    folder, an unreadable image, or a mask that is missing or of another size.
     """
 
     def __init__(self, folders, image_size, augmentation=None, views=1, with_masks=True, seed=0, workers=1):
         folders = [folders] if isinstance(folders, str | Path) else folders
-        places = [(folder, face) for folder in folders for face in list_pairs(folder, need_masks=with_masks)]
+        places = [(folder, face) for folder in folders for face in utkface.list_pairs(folder, with_masks)]
         self.faces = [face for _, face in places]
         names = ("age", "spread", "group", *ATTRIBUTES)
         self.labels = {name: torch.tensor([getattr(face, name) for face in self.faces]) for name in names}
@@ -127,19 +114,18 @@ class FaceDataset(Dataset):
         def load(index):
             folder, face = places[index]
             if with_masks:
-                image, mask = read_pair(folder, face.stem)
-                self.masks[index] = torch.from_numpy(resize(mask, side))
+                image, mask = utkface.read_pair(folder, face.stem)
+                self.masks[index] = torch.from_numpy(utkface.resize(mask, side))
             else:
-                image = read_image(Path(folder) / f"{face.stem}_image.png")
-            self.hashes[index] = pixel_hash(image)
-            self.images[index] = torch.from_numpy(cv2.cvtColor(resize(image, side), cv2.COLOR_BGR2RGB))
+                image = utkface.read_image(Path(folder) / f"{face.stem}_image.png")
+            self.hashes[index] = utkface.pixel_hash(image)
+            image = cv2.cvtColor(utkface.resize(image, side), cv2.COLOR_BGR2RGB)
+            self.images[index] = torch.from_numpy(image)
 
         with ThreadPool(max(workers, 1)) as pool:
             loading = pool.imap_unordered(load, range(len(self)), chunksize=16)
             for _ in progress(loading, f"read {Path(folders[0]).name}", len(self), unit="face"):
                 pass
-        if with_masks and augmentation is None:
-            self.masks = (self.masks > 127).to(torch.uint8)
 
     def __len__(self):
         return len(self.faces)
@@ -148,24 +134,21 @@ class FaceDataset(Dataset):
         keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
         rows = torch.tensor([index for _, index in keys]).repeat_interleave(self.views)
         batch = {name: values[rows] for name, values in self.labels.items()}
-        if self.augment is None:
-            batch["image"] = self.images[rows]
-            if self.masks is not None:
-                batch["mask"] = self.masks[rows]
-            return batch
-        drawn = [view for key in keys for view in self.augmented(*key)]
+        drawn = [view for key in keys for view in self.draw(*key)]
         batch["image"] = torch.from_numpy(np.stack([view["image"] for view in drawn]))
         if self.masks is not None:
             masks = torch.from_numpy(np.stack([view["mask"] for view in drawn]))
             batch["mask"] = (masks > 127).to(torch.uint8)
         return batch
 
-    def augmented(self, epoch, index):
+    def draw(self, epoch, index):
         """The `views` of a face in an epoch: dicts of `image` uint8 (H, W, 3) and `mask` uint8 (H, W)."""
-        seed_augmentation(self.augment, self.seed, epoch, index)
         pixels = {"image": self.images[index].numpy()}
         if self.masks is not None:
             pixels["mask"] = self.masks[index].numpy()
+        if self.augment is None:
+            return [pixels] * self.views
+        seed_augmentation(self.augment, self.seed, epoch, index)
         return [self.augment(**pixels) for _ in range(self.views)]
 
     def __getitem__(self, key):
@@ -176,8 +159,8 @@ class FaceDataset(Dataset):
 @cache  # made once: a step must not wait while they travel to the device
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation (3, 1, 1) of pixels with values 0–255."""
-    mean = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1) * 255
-    std = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1) * 255
+    mean = torch.tensor(utkface.PIXEL_MEAN, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(utkface.PIXEL_STD, device=device).view(3, 1, 1) * 255
     return mean, std
 
 
@@ -213,20 +196,11 @@ class MaskDecoder(nn.Module):
         return F.interpolate(self.predict(x), scale_factor=2.0, mode="bilinear")  # B×1×H×W
 
 
-class Heads(NamedTuple):
-    """What the heads say of B images; None for a head that is not there."""
-
-    age_logits: Tensor  # B×6, or B×YEARS from a model `by_year`
-    mask_logits: Tensor | None  # B×1×H×W
-    attribute_logits: dict[str, Tensor] | None  # B×2 of gender, B×5 of race
-
-
 class MultitaskResNet18(nn.Module):
     """ResNet18 (torchvision) with a head for age groups and, if `multitask`, a decoder for the face mask.
 
-    by_year: the head tells `YEARS` single years, which sum into the groups (num_groups is then the 6 of
-    `AGE_GROUPS`). attributes: further heads for gender and race, for training alone. flip_averaging: what
-    `infer` says of a face is its mean over the face and its mirror image.
+    by_year: the head tells `YEARS` single years, which sum into the groups. attributes: further heads for
+    gender and race, for training alone. flip_averaging: `infer` averages over a face and its mirror image.
     """
 
     def __init__(self, num_groups=6, multitask=True, by_year=False, flip_averaging=False, attributes=False):
@@ -238,11 +212,12 @@ class MultitaskResNet18(nn.Module):
         self.attributes = nn.Linear(512, sum(ATTRIBUTES.values())) if attributes else None
         self.by_year, self.flip_averaging = by_year, flip_averaging
 
-    def forward(self, images: Tensor, heads: bool = False) -> tuple[Tensor, Tensor | None] | Heads:
+    def forward(self, images: Tensor, heads: bool = False) -> tuple:
         """Normalised images (B, 3, H, W) → group logits (B, 6), mask logits (B, 1, H, W) or None.
 
-        heads: returns what each head says instead, as training needs it. Raises ValueError if there is a
-        decoder and H or W is no multiple of 32.
+        heads: returns what each head says instead: age logits, (B, YEARS) if `by_year`, else (B, 6); mask
+        logits as above; {"gender": logits (B, 2), "race": logits (B, 5)}, or None without `attributes`.
+        Raises ValueError if there is a decoder and H or W is no multiple of 32.
         """
         if self.decoder is not None and (images.shape[-2] % 32 or images.shape[-1] % 32):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(images.shape[-2:])}")
@@ -261,7 +236,7 @@ class MultitaskResNet18(nn.Module):
         if self.attributes is not None:
             parts = self.attributes(features).split(list(ATTRIBUTES.values()), dim=1)  # B×2, B×5
             attribute_logits = dict(zip(ATTRIBUTES, parts))
-        return Heads(age_logits, mask_logits, attribute_logits)
+        return age_logits, mask_logits, attribute_logits
 
 
 def make_model(settings: dict, training: bool = False) -> MultitaskResNet18:
@@ -280,12 +255,10 @@ def make_model(settings: dict, training: bool = False) -> MultitaskResNet18:
 def init_backbone(backbone: nn.Module, init: str) -> dict:
     """Loads `init` (random, imagenet, or a checkpoint file) into a backbone, and prints what was loaded.
 
-    Returns their provenance, for the next checkpoint to carry: `train_hashes` int64 (M,), of the faces that
-    they have learned from; `val_hashes`, of those that an epoch was selected on; `pretraining`, the settings
-    that they were trained with, {} for no checkpoint.
-
-    Raises UserError if the ImageNet weights cannot be had, or if the file is no checkpoint or nothing in it
-    fits.
+    Returns the provenance of the weights: `train_hashes` int64 (M,), of the faces that they have learned
+    from; `val_hashes`, of those that an epoch was selected on; `pretraining`, the settings that they were
+    trained with, {} for no checkpoint. Raises UserError if the ImageNet weights cannot be had, or if the file
+    is no checkpoint or nothing in it fits.
     """
     none = torch.empty(0, dtype=torch.int64)
     provenance = {"train_hashes": none, "val_hashes": none, "pretraining": {}}
@@ -301,9 +274,9 @@ def init_backbone(backbone: nn.Module, init: str) -> dict:
                 "use --init random, or a checkpoint such as --init contrastive.pt"
             ) from None
     else:
-        checkpoint = load_checkpoint(init, ("contrastive", "model"))
+        checkpoint = load_checkpoint(init, "contrastive", "model")
         weights = {key.removeprefix("backbone."): value for key, value in checkpoint["weights"].items()}
-        provenance = {key: checkpoint[key] for key in ("train_hashes", "val_hashes")}
+        provenance = {key: checkpoint[key] for key in provenance}
         # Whoever asks what the weights have seen need not follow the chain: a --final before this one counts.
         final = checkpoint["config"].get("final") or checkpoint["pretraining"].get("final", False)
         provenance["pretraining"] = checkpoint["config"] | {"final": final}
@@ -312,9 +285,7 @@ def init_backbone(backbone: nn.Module, init: str) -> dict:
     if not fitting:
         raise UserError(f"--init {init} holds no weight that fits the ResNet18 backbone")
     backbone.load_state_dict(fitting, strict=False)
-    left_out = sorted({key.split(".")[0] for key in weights.keys() - fitting.keys()})
-    line = f"backbone: {len(fitting)} of {len(own)} tensors loaded from {init}"
-    print(line + (f"; not loaded: {', '.join(left_out)}" if left_out else "") + "; heads start fresh")
+    print(f"backbone: {len(fitting)} of {len(own)} tensors loaded from {init}; heads start fresh")
     return provenance
 
 
@@ -398,7 +369,7 @@ def rank_contrastive_loss(z: Tensor, ages: Tensor, temperature: float = 2.0) -> 
 
 
 YEARS = 101  # 0 to 99 and "100 or more"
-GROUP_SIZES = [min(last, YEARS - 1) + 1 - first for first, last in AGE_GROUPS.values()]
+GROUP_SIZES = [min(last, YEARS - 1) + 1 - first for first, last in utkface.AGE_GROUPS.values()]
 
 
 def group_logits(logits: Tensor) -> Tensor:
@@ -406,14 +377,14 @@ def group_logits(logits: Tensor) -> Tensor:
     return torch.stack([part.logsumexp(dim=1) for part in logits.float().split(GROUP_SIZES, dim=1)], dim=1)
 
 
-def age_quantiles(logits: Tensor, quantiles=(0.1, 0.5, 0.9)) -> Tensor:
-    """Logits of years (B, YEARS) → years below which the given shares of the probability lie, float (B, Q).
+def age_quantiles(logits: Tensor) -> Tensor:
+    """Logits of years (B, YEARS) → years below which 50, 10 and 90 % of the probability lie, float (B, 3).
 
-    By default the ends of the central 80 % and, between them, the median, whose mean absolute error on val is
-    smaller than that of the expectation.
+    The first is the median, whose mean absolute error on val is smaller than that of the expectation; the
+    others are the ends of the central 80 %.
     """
     below = logits.float().softmax(dim=1).cumsum(dim=1)  # B×YEARS
-    return torch.stack([(below < share).float().sum(dim=1) for share in quantiles], dim=1)
+    return torch.stack([(below < share).float().sum(dim=1) for share in (0.5, 0.1, 0.9)], dim=1)
 
 
 def soft_age_labels(ages: Tensor, sigma: float, spread: Tensor | float = 0) -> Tensor:
@@ -483,20 +454,11 @@ def build_param_groups(
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Answers(NamedTuple):
-    """What a model says of B faces; years and masks are None from a model that has not learned them."""
+def infer(model: MultitaskResNet18, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a model in eval mode says of normalised images (B, 3, H, W); None for what it has not learned.
 
-    group_logits: Tensor  # B×6, float32
-    ages: Tensor | None  # B, the median of the distribution over years
-    age_low: Tensor | None  # B, years from which on the central 80 % of it lies
-    age_high: Tensor | None  # B, years up to which it lies
-    mask_logits: Tensor | None  # B×1×H×W
-
-
-def infer(model: MultitaskResNet18, images: Tensor) -> Answers:
-    """The answers of a model in eval mode to normalised images (B, 3, H, W).
-
-    Years are summed into groups, and with `model.flip_averaging` a face is averaged with its mirror image.
+    Returns group logits float32 (B, 6), years (B, 3) as `age_quantiles` gives them, and mask logits
+    (B, 1, H, W). With `model.flip_averaging` each face is averaged with its mirror image.
     """
     age_logits, mask_logits, _ = model(images, heads=True)  # B×YEARS or B×6, B×1×H×W
     if model.flip_averaging:
@@ -505,28 +467,17 @@ def infer(model: MultitaskResNet18, images: Tensor) -> Answers:
         age_logits = probabilities.clamp(min=1e-12).log()
         if mask_logits is not None:
             mask_logits = (mask_logits + mirrored_mask.flip(-1)) / 2
-    if not model.by_year:
-        return Answers(age_logits.float(), None, None, None, mask_logits)
-    low, median, high = age_quantiles(age_logits).unbind(dim=1)  # B each
-    return Answers(group_logits(age_logits), median, low, high, mask_logits)
-
-
-class Scores(NamedTuple):
-    """What a model says of N faces, on the CPU; None for what it has not learned."""
-
-    logits: Tensor  # of groups, float32 N×6
-    ages: Tensor | None  # N, float32 in years
-    age_low: Tensor | None
-    age_high: Tensor | None
-    mask_iou: Tensor | None  # N, float64, with the true masks where there are some
-    mask_dice: Tensor | None
+    if model.by_year:
+        return group_logits(age_logits), age_quantiles(age_logits), mask_logits
+    return age_logits.float(), None, mask_logits
 
 
 @torch.inference_mode()
-def score_dataset(model, dataset: FaceDataset, device, dtype=torch.float32, batch_size: int = 256) -> Scores:
+def score_dataset(model, dataset: FaceDataset, device, dtype=torch.float32, batch_size: int = 256) -> tuple:
     """Scores every face of a dataset that has no augmentation, in order; processes take every W-th each.
 
-    Masks are compared at the dataset's image size, where both the model and the dataset have them.
+    Returns group logits float32 (N, 6), years (N, 3) as `age_quantiles` gives them, and IoU and Dice of the
+    masks float64 (N, 2), on the CPU; None for what the model has not learned or the dataset lacks.
     """
     model.eval()
     if world_size() > 1:  # batch statistics may differ between CPU processes
@@ -534,20 +485,17 @@ def score_dataset(model, dataset: FaceDataset, device, dtype=torch.float32, batc
             dist.broadcast(buffer, 0)
     own = slice(rank(), None, world_size())
     images, masks = dataset.images[own], None if dataset.masks is None else dataset.masks[own]
-    logits, years, overlaps = [], [], []
+    batches = []
     for start in range(0, max(len(images), 1), batch_size):
         batch = to_input(images[start : start + batch_size], device)
         with autocast(device, dtype):
-            answers = infer(model, batch)
-        logits.append(answers.group_logits)
-        if answers.ages is not None:
-            years.append(torch.stack([answers.ages, answers.age_low, answers.age_high], dim=1))  # B×3
-        if answers.mask_logits is not None and masks is not None:
-            truth = masks[start : start + batch_size].to(device) > 0  # B×H×W
-            overlaps.append(mask_overlap(answers.mask_logits[:, 0] > 0, truth))
-    ages, low, high = merge_ranks(torch.cat(years)).T if years else (None, None, None)
-    iou, dice = merge_ranks(torch.cat(overlaps)).T if overlaps else (None, None)
-    return Scores(merge_ranks(torch.cat(logits)), ages, low, high, iou, dice)
+            logits, years, mask_logits = infer(model, batch)
+        overlap = None
+        if mask_logits is not None and masks is not None:
+            truth = masks[start : start + batch_size].to(device) > 127  # B×H×W
+            overlap = mask_overlap(mask_logits[:, 0] > 0, truth)  # B×2
+        batches.append((logits, years, overlap))
+    return tuple(None if part[0] is None else merge_ranks(torch.cat(part)) for part in zip(*batches))
 
 
 def mask_overlap(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -567,45 +515,44 @@ FORMAT_VERSION = 2
 
 def save_checkpoint(path: str | Path, kind: str, args: argparse.Namespace, **content):
     """Writes a checkpoint: tensors and builtins with kind, version, config, preprocessing, `content`."""
-    preprocessing = {"image_size": args.image_size, "mean": PIXEL_MEAN, "std": PIXEL_STD, "channels": "RGB"}
+    pixels = {"mean": utkface.PIXEL_MEAN, "std": utkface.PIXEL_STD, "channels": "RGB"}
     header = {"kind": kind, "format_version": FORMAT_VERSION, "config": settings_of(args)}
-    buffer = io.BytesIO()  # given a path, torch.save writes its (temporary) name into the file
-    torch.save({**header, "preprocessing": preprocessing, **content}, buffer)
+    header["preprocessing"] = {"image_size": args.image_size, **pixels}
+    buffer = io.BytesIO()  # given a path, torch.save raises RuntimeError where the disk is full
+    torch.save(header | content, buffer)
     with atomic_path(path, sync=True) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_checkpoint(path: str | Path, kinds: str | tuple[str, ...]) -> dict:
+def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     """Reads a checkpoint of one of `kinds` onto the CPU; UserError if it is missing or anything else.
 
     Those that ship with the project are found from any working directory.
     """
-    kinds, path = (kinds,) if isinstance(kinds, str) else kinds, shipped(path)
+    path = shipped(path)
     if not path.is_file():
         raise UserError(f"{path} is not there: run the stage that writes it, or name another file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken or hostile file raises depends on where it breaks
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
-        raise UserError(f"{path} is not a checkpoint of this project")
-    kind, version = checkpoint["kind"], checkpoint.get("format_version")
+    kind = checkpoint.get("kind", "foreign") if isinstance(checkpoint, dict) else "foreign"
     if kind not in kinds:
         raise UserError(f"{path} is a {kind} checkpoint, where a {' or '.join(kinds)} one is needed")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, not {FORMAT_VERSION}")
+    if checkpoint.get("format_version") != FORMAT_VERSION:
+        version = checkpoint.get("format_version")
+        raise UserError(f"{path} has format version {version}, not {FORMAT_VERSION}: train again")
     types = {"config": dict, "preprocessing": dict}
     if not kind.endswith(".last"):
         checkpoint.setdefault("val_hashes", torch.empty(0, dtype=torch.int64))  # older ones lack it
         types |= {"weights": dict, "train_hashes": Tensor, "val_hashes": Tensor, "pretraining": dict}
-    wrong = [key for key, kind in types.items() if not isinstance(checkpoint.get(key), kind)]
-    if not wrong and checkpoint["preprocessing"].get("image_size") not in range(32, 4097, 32):
-        wrong = ["preprocessing"]
-    weights = {} if wrong else checkpoint.get("weights", {})
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
-        wrong = ["weights"]
-    if wrong:
-        raise UserError(f"{path} is damaged: no {', '.join(wrong)} in it as they should be; train again")
+    sound = all(isinstance(checkpoint.get(key), expected) for key, expected in types.items())
+    sound = sound and checkpoint["preprocessing"].get("image_size") in range(32, 4097, 32)
+    if sound and "weights" in types:
+        pairs = checkpoint["weights"].items()
+        sound = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs)
+    if not sound:
+        raise UserError(f"{path} is damaged: train again")
     return checkpoint
 
 

@@ -27,7 +27,7 @@ from scipy.stats import binned_statistic
 import cli
 import metrics
 from cli import UserError
-from common import YEARS, FaceDataset, Scores, load_model, score_dataset
+from common import YEARS, FaceDataset, load_model, score_dataset
 from devices import choose_device, choose_precision
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
 
@@ -44,7 +44,7 @@ class Evaluation:
     checkpoint: dict
     folder: Path
     faces: list[Face]
-    scores: Scores
+    scores: tuple  # as `score_dataset` returns them
     clusters: np.ndarray  # int (N,), which near-duplicates share
     leaked: np.ndarray  # bool (N,): the model has learned from a near-duplicate, by split.csv
     summary: dict  # what metrics.json holds
@@ -52,16 +52,16 @@ class Evaluation:
     subgroups: list[dict] = field(init=False)  # rows of subgroups.csv
 
     def __post_init__(self):
-        scores = self.scores
+        logits, years, overlaps = self.scores
         self.years = {}  # columns of predictions.csv
         self.groups = np.array([face.group for face in self.faces])  # true, int (N,)
-        self.probabilities = scores.logits.double().softmax(dim=1).numpy()  # N×6
+        self.probabilities = logits.double().softmax(dim=1).numpy()  # N×6
         self.predicted, self.confidence = self.probabilities.argmax(axis=1), self.probabilities.max(axis=1)
         self.right = self.predicted == self.groups
         near = np.abs(self.predicted - self.groups) <= 1
         self.per_face = {"accuracy": self.right, "within_one_group": near}  # whose means are metrics: N each
-        if scores.ages is not None:
-            ages, low, high = (x.double().numpy() for x in (scores.ages, scores.age_low, scores.age_high))
+        if years is not None:
+            ages, low, high = years.double().numpy().T
             self.years = {"predicted_age": ages, "age_low": low, "age_high": high}
             true, spread = np.array([(face.age, face.spread) for face in self.faces]).T  # N each
             error = np.maximum(np.abs(ages - true) - spread, 0)  # from the nearest year of a range
@@ -69,8 +69,9 @@ class Evaluation:
             if not spread.any():  # a range tells no coverage
                 year = np.minimum(np.floor(true + 0.5), YEARS - 1)  # as the model learns it
                 self.per_face["range_coverage"] = (low <= year) & (year <= high)
-        if scores.mask_iou is not None:
-            self.per_face |= {"mask_iou": scores.mask_iou.numpy(), "mask_dice": scores.mask_dice.numpy()}
+        if overlaps is not None:
+            iou, dice = overlaps.numpy().T
+            self.per_face |= {"mask_iou": iou, "mask_dice": dice}
 
 
 def read_split_table(data, files):

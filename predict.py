@@ -111,15 +111,15 @@ def outputs(model, images) -> dict:
     `probabilities` (B, 6); `predicted_age`, `age_low`, `age_high` (B,) in years; `masks` (B, 1, H, W),
     probabilities. A median age outside the likeliest group, mostly by a year or two, is moved to its edge.
     """
-    answers = infer(model, images)
-    said = {"probabilities": answers.group_logits.softmax(dim=1)}
-    if answers.ages is not None:
+    group_logits, years, mask_logits = infer(model, images)
+    said = {"probabilities": group_logits.softmax(dim=1)}
+    if years is not None:
         limits = torch.tensor(list(AGE_GROUPS.values()), dtype=torch.float32, device=images.device)  # 6×2
-        first, last = limits[answers.group_logits.argmax(dim=1)].unbind(dim=1)  # B each
-        said["predicted_age"] = answers.ages.clamp(first, last)
-        said["age_low"], said["age_high"] = answers.age_low, answers.age_high
-    if answers.mask_logits is not None:
-        said["masks"] = answers.mask_logits.float().sigmoid()
+        first, last = limits[group_logits.argmax(dim=1)].unbind(dim=1)  # B each
+        median, low, high = years.unbind(dim=1)  # B each
+        said |= {"predicted_age": median.clamp(first, last), "age_low": low, "age_high": high}
+    if mask_logits is not None:
+        said["masks"] = mask_logits.float().sigmoid()
     return said
 
 

@@ -49,7 +49,7 @@ def test_figures_cost_what_they_are_made_of(drawn, cli, monkeypatch):
 
     def forward(_, images, heads):
         masks = torch.zeros(len(images), 1, *images.shape[2:])
-        return common.Heads(torch.zeros(len(images), common.YEARS), masks, None)
+        return torch.zeros(len(images), common.YEARS), masks, None
 
     # Each face and its mirror image.
     charge(common.MultitaskResNet18, "forward", lambda _, images: 2 * len(images), instead=forward)

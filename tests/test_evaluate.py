@@ -17,7 +17,7 @@ from sklearn import metrics as sk
 
 import evaluate
 import metrics
-from common import FaceDataset, MultitaskResNet18, Scores, save_checkpoint
+from common import FaceDataset, MultitaskResNet18, save_checkpoint
 from conftest import ROOT, noise_pairs, write_pair
 from devices import set_seed
 from evaluate import Evaluation, measure, read_split_table, score_model, score_subgroups
@@ -119,8 +119,8 @@ def test_p_value_of_a_gap_is_the_permutation_test_of_scipy():
 
 def answered(faces, chances, years=None, low=None, high=None):
     """An evaluation of a model that answers faces, of pixels nobody sees, with chances (N, 6) and years."""
-    ages = [None if x is None else torch.tensor(x, dtype=torch.float32) for x in (years, low, high)]
-    scores = Scores(torch.tensor(chances).clamp(min=1e-9).log(), *ages, None, None)
+    ages = None if years is None else torch.tensor([years, low, high], dtype=torch.float32).T
+    scores = torch.tensor(chances).clamp(min=1e-9).log(), ages, None
     clusters, leaked, checkpoint = np.arange(len(faces)), np.zeros(len(faces), bool), {}
     return Evaluation(Path("m.pt"), checkpoint, Path("test"), faces, scores, clusters, leaked, {})
 
@@ -232,7 +232,7 @@ def scores(known, monkeypatch):
         chances[torch.arange(len(stems)), (guessed + 1) % 3] = 1 - sure
         years = torch.where(right, 33.0, 38.5)
         overlaps = torch.tensor([[0.5, 0.75]]).double().expand(len(stems), 2)
-        return Scores(chances.log(), years, years - 3, years + 6, *overlaps.T)
+        return chances.log(), torch.stack([years, years - 3, years + 6], dim=1), overlaps
 
     monkeypatch.setattr(evaluate, "score_dataset", answer)
     return confidence

@@ -89,7 +89,7 @@ def test_killed_training_ends_with_the_same_weights(drawn, tmp_path, script, kin
         assert run_until(event, script, *flags, "--resume", cwd=cut)[0] == -signal.SIGKILL
         assert load_checkpoint(cut / "o.last.pt", f"{kind}.last")["epoch"] == 1
         for path in cut.glob("o*.pt"):
-            load_checkpoint(path, (kind, f"{kind}.last"))  # whole
+            load_checkpoint(path, kind, f"{kind}.last")  # whole
     code, printed = run_until(0, script, *flags, "--resume", "--workers", 1, cwd=cut)
     assert code == 0 and "resumed o.last.pt at epoch 1" in printed
     ours, theirs = (load_checkpoint(folder / "o.pt", kind)["weights"] for folder in (whole, cut))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import finetune
-from common import FaceDataset, Heads, load_checkpoint, load_model, make_model, score_dataset
+from common import FaceDataset, load_checkpoint, load_model, make_model, score_dataset
 from conftest import FAST, noise_pairs, write_pair
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_writes_model_history_and_curves(drawn, tmp_path, cli, monkeypatch):
             assert torch.equal(kept[name], values.half() if values.ndim > 1 else values), name
     assert not torch.equal(average.head.weight, training.model.head.weight)
     val = FaceDataset(data / "val", 32)
-    right = score_dataset(model, val, CPU).logits.argmax(dim=1) == val.labels["group"]
+    right = score_dataset(model, val, CPU)[0].argmax(dim=1) == val.labels["group"]
     assert right.double().mean() == pytest.approx(checkpoint["val"]["val_accuracy"], abs=0.001)
     assert torch.equal(checkpoint["val_hashes"], val.hashes.unique())
 
@@ -110,7 +110,7 @@ def test_years_are_learned_where_groups_are_missing(tmp_path, cli):
     checkpoint = load_checkpoint(tmp_path / "m.pt", "model")
     assert checkpoint["missing_groups"] == ["Infant", "Child"]
     val = FaceDataset(tmp_path / "val", 32)
-    logits = score_dataset(load_model(tmp_path / "m.pt", CPU)[0], val, CPU).logits
+    logits = score_dataset(load_model(tmp_path / "m.pt", CPU)[0], val, CPU)[0]
     known = val.groups >= 0
     right = (logits.argmax(dim=1).numpy() == val.groups)[known].mean()
     assert known.sum() == 12 and checkpoint["val"]["val_accuracy"] == pytest.approx(right, abs=0.001)
@@ -156,7 +156,7 @@ def test_every_head_learns(sigma):
     ).train()
     args = Namespace(mask_weight=0.3, attribute_weight=0.7, age_sigma=sigma)
     losses = finetune.multitask_losses(model, batch, args)
-    heads = model(batch["image"], heads=True).attribute_logits
+    _, _, heads = model(batch["image"], heads=True)
     logs = {name: logits.log_softmax(dim=1) for name, logits in heads.items()}
     attributes = -sum(logs[name][range(4), batch[name]].mean() for name in ("gender", "race"))
     assert losses.shape == (3,)
@@ -175,10 +175,10 @@ def test_age_loss_by_hand():
         bell /= bell.sum(dim=1, keepdim=True)
         expected = -(bell * logits.log_softmax(dim=1)).sum(dim=1).mean()
         args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=sigma)
-        found = finetune.multitask_losses(lambda _, heads: Heads(logits, None, None), batch, args)
+        found = finetune.multitask_losses(lambda _, heads: (logits, None, None), batch, args)
         assert found[1] == pytest.approx(expected.item(), rel=1e-5)
     args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=0)
-    found = finetune.multitask_losses(lambda _, heads: Heads(logits[:, :6], None, None), batch, args)
+    found = finetune.multitask_losses(lambda _, heads: (logits[:, :6], None, None), batch, args)
     assert found[1] == pytest.approx(-logits[:, :6].log_softmax(dim=1)[[0, 1], [0, 5]].mean().item())
 
 

@@ -67,14 +67,14 @@ def test_says_what_evaluate_would_say(drawn, model, tmp_path, cli):
         cv2.imwrite(str(folder / f"{stem}_{part}.png"), cropped)
     dataset = FaceDataset(folder, 64)
     loaded = predict.load(model, aligned=True, device="cpu")
-    expected = score_dataset(loaded.model, dataset, loaded.device)
+    expected, years, _ = score_dataset(loaded.model, dataset, loaded.device)
     files = ["--csv", "f.csv", "--json", "f.json"]
     code, out, err = cli("predict", "in", "--checkpoint", model, *files, *ALIGNED, cwd=tmp_path)
     assert code == 0 and f"model: {model}" in out
     assert err.count("\n") == 1 and f"passed over {len(dataset)} face masks: " in err
     rows = read(tmp_path / "f.csv")
     assert [row["file"] for row in rows] == [f"in/{face.stem}_image.png" for face in dataset.faces]
-    for row, logits, age, low, high in zip(rows, *expected[:4]):
+    for row, logits, (age, low, high) in zip(rows, expected, years):
         found = torch.tensor([float(row[f"p{group}"]) for group in range(6)])
         assert torch.allclose(found, logits.softmax(0), atol=2e-5)
         assert row["group"] == GROUP_NAMES[logits.argmax()]
