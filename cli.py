@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import threading
@@ -140,9 +139,10 @@ def read_config(path: str, parser: Parser) -> list[str]:
         raise UserError(f"it cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise UserError("it must hold `flag: value` lines")
-    own = settings.pop(parser.prog.removesuffix(".py"), None) or {}
+    script = parser.prog.removesuffix(".py")
+    own = settings.pop(script, None) or {}
     if not isinstance(own, dict):
-        raise UserError(f"section {parser.prog.removesuffix('.py')} must hold `flag: value` lines")
+        raise UserError(f"section {script} must hold `flag: value` lines")
     for name in STAGES + TOOLS:
         if isinstance(settings.get(name, ""), dict | None):  # --split is a flag, too
             settings.pop(name)
@@ -286,11 +286,7 @@ def shipped(path: str | Path) -> Path:
 
 def is_special(path: Path) -> bool:
     """Whether a path leads to a pipe or a device, which can be written but not replaced."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 @contextmanager

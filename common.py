@@ -442,10 +442,9 @@ def build_param_groups(
     for name, parameter in model.named_parameters():
         part = "backbone" if name.startswith("backbone.") else "heads"
         decays = parameter.ndim > 1  # biases and the scales of norms are vectors
-        key = part if decays else f"{part}, no decay"
-        decay = weight_decay if decays else 0.0
-        group = {"name": key, "params": [], "lr": rates[part], "weight_decay": decay}
-        groups.setdefault(key, group)["params"].append(parameter)
+        group = {"name": part if decays else f"{part}, no decay", "params": []}
+        group |= {"lr": rates[part], "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault(group["name"], group)["params"].append(parameter)
     return list(groups.values())
 
 

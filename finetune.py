@@ -10,39 +10,16 @@ beside it a history CSV, curves, and `.last.pt` for --resume.
 
 import argparse
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from cli import UserError, beside, number, run, write_csv
-from common import (
-    FaceDataset,
-    build_param_groups,
-    init_backbone,
-    known_cross_entropy,
-    make_model,
-    mask_loss,
-    save_checkpoint,
-    score_dataset,
-    soft_age_labels,
-    supervised_augmentation,
-)
+import common
+import training
+from cli import UserError, number, run
 from devices import rank, set_seed
-from training import (
-    begin_training,
-    check_batch_size,
-    finish_epoch,
-    join_processes,
-    leave_processes,
-    open_run,
-    plot_history,
-    provenance,
-    train_one_epoch,
-    training_parser,
-)
 from utkface import GROUP_NAMES, age_to_group, list_pairs, split_settings
 
 
@@ -52,41 +29,44 @@ def multitask_losses(model, batch, args):
     The age loss is the cross-entropy of years with soft labels or, with --age-sigma 0, of groups. The total
     adds to it those of the mask, of gender and of race, weighted.
     """
-    heads = model(batch["image"], heads=True)
+    age_logits, mask_logits, attribute_logits = model(batch["image"], heads=True)
     if args.age_sigma > 0:
-        targets = soft_age_labels(batch["age"], args.age_sigma, batch["spread"])  # B×YEARS
-        age_loss = F.cross_entropy(heads.age_logits.float(), targets)
+        targets = common.soft_age_labels(batch["age"], args.age_sigma, batch["spread"])  # B×YEARS
+        age_loss = F.cross_entropy(age_logits.float(), targets)
     else:
-        age_loss = known_cross_entropy(heads.age_logits, batch["group"])
-    face_loss = torch.zeros_like(age_loss)
-    if heads.mask_logits is not None:
-        face_loss = mask_loss(heads.mask_logits, batch["mask"])
-    total = age_loss + args.mask_weight * face_loss
-    if heads.attribute_logits is not None:
-        for name, logits in heads.attribute_logits.items():
-            total = total + args.attribute_weight * known_cross_entropy(logits, batch[name])
-    return torch.stack([total, age_loss, face_loss])
+        age_loss = common.known_cross_entropy(age_logits, batch["group"])
+    mask_loss = torch.zeros_like(age_loss)
+    if mask_logits is not None:
+        mask_loss = common.mask_loss(mask_logits, batch["mask"])
+    total = age_loss + args.mask_weight * mask_loss
+    if attribute_logits is not None:
+        for name, logits in attribute_logits.items():
+            total = total + args.attribute_weight * common.known_cross_entropy(logits, batch[name])
+    return torch.stack([total, age_loss, mask_loss])
 
 
 def validate(model, dataset, device):
     """Loss, accuracy and mask IoU (None without a mask) on a whole split, in float32."""
-    scores = score_dataset(model, dataset, device)
+    logits, _, overlaps = common.score_dataset(model, dataset, device)
     groups = dataset.labels["group"]
     known = groups >= 0  # an age that is a range may lie in two groups
     return {
-        "val_loss": known_cross_entropy(scores.logits, groups).item(),
-        "val_accuracy": (scores.logits.argmax(dim=1) == groups)[known].double().mean().item(),
-        "val_mask_iou": None if scores.mask_iou is None else scores.mask_iou.mean().item(),
+        "val_loss": common.known_cross_entropy(logits, groups).item(),
+        "val_accuracy": (logits.argmax(dim=1) == groups)[known].double().mean().item(),
+        "val_mask_iou": None if overlaps is None else overlaps[:, 0].mean().item(),
     }
 
 
-def to_half(weights):
-    """Weights in half precision; biases, scales and statistics, which are vectors, stay as they are."""
-    return {key: value.half() if value.ndim > 1 else value for key, value in weights.items()}
+def save_best(args, best, about):
+    """Writes the best epoch in half precision, but for vectors: biases, scales and statistics."""
+    weights = {key: value.half() if value.ndim > 1 else value for key, value in best["weights"].items()}
+    figures = {"epoch": best["epoch"], "val": best["figures"]}
+    common.save_checkpoint(args.out, "model", args, weights=weights, **figures, **about)
 
 
 def get_parser():
-    parser = training_parser("finetune", __doc__, out="model.pt", init="imagenet", epochs=30, batch_size=128)
+    defaults = {"out": "model.pt", "init": "imagenet", "epochs": 30, "batch_size": 128}
+    parser = training.training_parser("finetune", __doc__, **defaults)
     # fmt: off
     add, low_zero, switch = parser.add_argument, number(float, low=0), argparse.BooleanOptionalAction
     add("--multitask", action=switch, default=False, help="also learn the face mask")
@@ -108,87 +88,68 @@ def get_parser():
 
 
 def main(args):
-    device, dtype = join_processes(args.device, args.precision)
-    state = open_run(args, "model")
-    split = split_settings(args.data)
+    training.join_processes(args)
+    state = training.open_run(args, "model")
+    about = {"split": split_settings(args.data)}
     train, val = Path(args.data) / "train", Path(args.data) / "val"
     folders = [train, val] if args.final else [train]
     faces = [face for folder in folders for face in list_pairs(folder, need_masks=args.multitask)]
-    check_batch_size(args.batch_size, len(faces))
+    training.check_batch_size(args.batch_size, len(faces))
     ends = [age for face in faces for age in (face.age - face.spread, face.age + face.spread)]
     there = set(age_to_group(ends).tolist())
-    missing = [name for group, name in enumerate(GROUP_NAMES) if group not in there]
-    if missing:
-        lack = f"{train} holds no face of {', '.join(missing)}"
+    about["missing_groups"] = [name for group, name in enumerate(GROUP_NAMES) if group not in there]
+    if about["missing_groups"]:
+        lack = f"{train} holds no face of {', '.join(about['missing_groups'])}"
         if not args.age_sigma:
             raise UserError(f"{lack}: add some and run split.py again, or learn years (--age-sigma 2)")
         print(f"warning: {lack}: the model will not know what they look like", file=sys.stderr)
 
     options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
-    dataset = FaceDataset(folders, args.image_size, supervised_augmentation, **options)
-    val_dataset = None if args.final else FaceDataset(val, args.image_size, **options)
+    dataset = common.FaceDataset(folders, args.image_size, common.supervised_augmentation, **options)
+    val_dataset = None if args.final else common.FaceDataset(val, args.image_size, **options)
     set_seed(args.seed)
-    model = make_model(vars(args), training=True)
-    start = None if state else init_backbone(model.backbone, args.init)
-    groups = build_param_groups(model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay)
-    training = begin_training(args, "model", model, groups, dataset, device, dtype, state, start)
-    if val_dataset and not rank():
-        known = torch.isin(val_dataset.hashes, training.provenance["train_hashes"]).sum()
-        if known:
+    model = common.make_model(vars(args), training=True)
+    groups = common.build_param_groups(
+        model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay
+    )
+    t = training.begin_training(args, "model", model, groups, dataset, state)
+    about |= training.provenance(t)
+    if val_dataset is not None:
+        about["val_hashes"] = torch.cat([about["val_hashes"], val_dataset.hashes]).unique()
+        known = torch.isin(val_dataset.hashes, t.provenance["train_hashes"]).sum()
+        if known and not rank():
             counts = f"{known} of the {len(val_dataset)} faces of val"
             print(f"warning: --init has learned from {counts}, so val flatters", file=sys.stderr)
 
-    for epoch in range(training.epoch, args.epochs):
-        start = time.perf_counter()
-        losses = train_one_epoch(training, partial(multitask_losses, args=args))
-        seconds = time.perf_counter() - start
-        kept = model if training.ema is None else training.ema.module
-        figures = {} if args.final else validate(kept, val_dataset, device)
-        score = None if args.final else (-figures["val_accuracy"], figures["val_loss"])
-        if args.final or training.best is None or score < tuple(training.best["score"]):
+    while t.epoch < args.epochs:
+        losses = training.train_one_epoch(t, partial(multitask_losses, args=args))  # steps×3
+        _, age_loss, mask_loss = losses.mean(dim=0).tolist()
+        trained = model if t.ema is None else t.ema.module
+        figures, score = {}, None
+        if val_dataset is not None:
+            figures = validate(trained, val_dataset, t.device)
+            score = (-figures["val_accuracy"], figures["val_loss"])
+        is_best = score is None or t.best is None or score < t.best["score"]
+        if is_best:
             weights = {
                 key: value.detach().to("cpu", copy=True)
-                for key, value in kept.state_dict().items()
+                for key, value in trained.state_dict().items()
                 if not key.startswith("attributes.")
             }
-            training.best = {"epoch": epoch + 1, "score": score, "figures": figures, "weights": weights}
-        _, age_loss, face_loss = losses.mean(dim=0).tolist()
-        row = {"epoch": epoch + 1, "train_loss": age_loss, "train_mask_loss": face_loss, **figures}
-        row |= {"lr": training.scheduler.get_last_lr()[-1], "seconds": round(seconds, 1)}
-        finish_epoch(training, row)
-        if not rank() and training.best["epoch"] == epoch + 1:
-            save_best(training, val_dataset, split=split, missing_groups=missing)
-        print(
-            f"epoch {epoch + 1}/{args.epochs}: train loss {age_loss:.4f}, "
-            + "".join(f"{name.replace('_', ' ')} {value:.4f}, " for name, value in figures.items() if value)
-            + f"{seconds:.0f} s, {len(losses) * args.batch_size / seconds:.0f} faces/s"
-        )
+            t.best = {"epoch": t.epoch + 1, "score": score, "figures": figures, "weights": weights}
+        training.finish_epoch(t, {"train_loss": age_loss, "train_mask_loss": mask_loss, **figures})
+        if is_best and not rank():
+            save_best(args, t.best, about)
 
     if not rank():
-        save_best(training, val_dataset, split=split, missing_groups=missing)
-        write_csv(beside(args.out, ".csv"), training.history)
-        panels = {"train loss": ["train_loss"]}  # of years, val's of groups
-        if not args.final:
-            panels |= {"val loss": ["val_loss"], "val accuracy": ["val_accuracy"]}
-            panels |= {"val mask IoU": ["val_mask_iou"]} if args.multitask else {}
-        plot_history(beside(args.out, ".png"), training.history, panels)
-        best, accuracy = training.best, training.best["figures"].get("val_accuracy")
+        save_best(args, t.best, about)  # once more, lest the run was killed before it
+        accuracy = t.best["figures"].get("val_accuracy")
         print(
-            f"{args.out} written: epoch {best['epoch']} of {args.epochs} on {len(dataset)} faces at "
+            f"{args.out} written: epoch {t.best['epoch']} of {args.epochs} on {len(dataset)} faces at "
             f"{args.image_size} px" + (f", accuracy on val {accuracy:.2%}" if val_dataset else "")
         )
-    leave_processes()
-
-
-def save_best(training, val_dataset, **about_data):
-    """Writes the best epoch so far as the checkpoint that evaluate.py reads."""
-    best, history = training.best, provenance(training)
-    if val_dataset is not None:
-        history["val_hashes"] = torch.cat([history["val_hashes"], val_dataset.hashes]).unique()
-    save_checkpoint(
-        training.args.out, "model", training.args,
-        weights=to_half(best["weights"]), epoch=best["epoch"], val=best["figures"], **about_data, **history,
-    )  # fmt: skip
+    # The loss on train is of years, that on val of groups.
+    training.finish_run(t, ["train_loss", "val_loss", "val_accuracy", "val_mask_iou"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 
 import cli
 from cli import UserError
-from common import FaceDataset, all_finite, load_checkpoint, save_checkpoint, to_input
+from common import FaceDataset, all_finite, init_backbone, load_checkpoint, save_checkpoint, to_input
 from devices import autocast, choose_device, choose_precision, copy_to, mean_over_ranks, rank, world_size
 
 
@@ -58,32 +58,22 @@ def training_parser(script: str, description: str, **defaults) -> cli.Parser:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def join_processes(device_name: str, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
-    """This process's device and arithmetic; under torchrun, joins the others (NCCL on CUDA, else gloo).
-
-    Only the first goes on printing.
-    """
-    device = choose_device(device_name)
-    dtype = choose_precision(precision, device)
+def join_processes(args: argparse.Namespace):
+    """Under torchrun, joins the other processes (NCCL on CUDA, else gloo); the first alone prints."""
+    device = choose_device(args.device)
+    choose_precision(args.precision, device)  # which refuses what the device cannot do
     processes, own = cli.environment_number("WORLD_SIZE") or 1, cli.environment_number("RANK")
-    if processes > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if own is None or own >= processes:  # torch would wait for minutes
-            missing = [f"RANK below {processes}", *missing]
-        if missing:
-            raise UserError(f"WORLD_SIZE is {processes}, without {', '.join(missing)}: start by torchrun")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return device, dtype
-
-
-def leave_processes():
-    """Takes leave of the other processes at the end of a run; one that failed is left to torchrun."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if processes == 1:
+        return
+    master = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if own is None or own >= processes or not master:  # torch would wait for minutes
+        needed = f"RANK below {processes}, MASTER_ADDR and MASTER_PORT"
+        raise UserError(f"WORLD_SIZE is {processes}, which needs {needed}, too: start by torchrun")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def check_ranks_agree(what: dict):
@@ -91,14 +81,12 @@ def check_ranks_agree(what: dict):
     everywhere = [what] * world_size()
     if world_size() > 1:
         dist.all_gather_object(everywhere, what)
-    for name in what:
-        if len({str(one[name]) for one in everywhere}) > 1:
-            if rank():
-                sys.exit(2)  # the first says it
-            raise UserError(
-                f"processes differ in {name}: {', '.join(str(one[name]) for one in everywhere)}; "
-                "give all machines the same --data, --init and folder of --out"
-            )
+    if all(other == what for other in everywhere):
+        return
+    if rank():
+        sys.exit(2)  # the first says it
+    remedy = "give all machines the same --data, --init and folder of --out"
+    raise UserError(f"processes differ: {', '.join(map(str, everywhere))}; {remedy}")
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
@@ -140,12 +128,9 @@ class EpochBatches(Sampler):
 
 def check_batch_size(batch_size: int, faces: int):
     """UserError unless `faces` fill a batch, and its shares are equal and fit for batch normalisation."""
-    if batch_size > faces:
-        raise UserError(f"--batch-size {batch_size} is larger than the train split ({faces} faces): lower it")
-    if batch_size % world_size() or batch_size < 2 * world_size():
-        raise UserError(
-            f"--batch-size {batch_size} does not divide by {world_size()} processes into 2 or more: change it"
-        )
+    if batch_size > faces or batch_size % world_size() or batch_size < 2 * world_size():
+        share = f"the train split's {faces} faces in equal shares of 2 or more for {world_size()} processes"
+        raise UserError(f"--batch-size {batch_size} does not take {share}: change it")
 
 
 def as_arrays(batch: dict) -> dict:
@@ -221,32 +206,9 @@ class Training:
     hashes: Tensor  # int64 (N,), of the faces that it learns from
     provenance: dict  # of the weights that it started from: see `init_backbone`
     epoch: int = 0  # epochs done
+    seconds: float = math.nan  # that the last of them took
     history: list[dict] = field(default_factory=list)  # a row an epoch
     best: dict | None = None  # finetune.py's best epoch
-
-    STATE = (
-        "model", "optimizer", "scheduler", "scaler", "ema", "hashes", "provenance", "epoch", "history",
-        "best",
-    )  # fmt: skip
-
-    def state_dict(self) -> dict:
-        """What `.last.pt` keeps: all that changes while it trains."""
-        state = {name: getattr(self, name) for name in self.STATE}
-        return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in state.items()}
-
-    def load_state_dict(self, state: dict):
-        """Goes back to where `state_dict` was taken; raises what torch raises where it does not fit."""
-        for name in self.STATE:
-            part = getattr(self, name)
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(state[name])
-            else:
-                setattr(self, name, state[name])
-
-
-def last_path(out: str | Path) -> Path:
-    """`model.pt` → `model.last.pt`, where the state of an unfinished run is kept."""
-    return cli.beside(out, ".last.pt")
 
 
 def open_run(args: argparse.Namespace, kind: str) -> dict | None:
@@ -254,27 +216,20 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
 
     A finished run with the same settings counts as one to continue: nothing is left to train.
     """
-    out, last, start = Path(args.out), last_path(args.out), cli.shipped(args.init)
+    out, last, init = Path(args.out), cli.beside(args.out, ".last.pt"), cli.shipped(args.init)
+    cli.check_output("--out", out)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite contradict each other: give one")
     # A file behind --init counts by what is in it, so its hash is a setting.
-    args.init_sha256 = hashlib.sha256(start.read_bytes()).hexdigest() if start.is_file() else None
-    cli.check_writable("--out", out.parent)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file in it, such as {out / f'{kind}.pt'}")
+    args.init_sha256 = hashlib.sha256(init.read_bytes()).hexdigest() if init.is_file() else None
     if not rank():
-        for name in (out, last):  # of a run that was killed
-            for leftover in out.parent.glob(f".tmp-{escape(name.stem[:100])}-????????{name.suffix}"):
-                leftover.unlink(missing_ok=True)
+        for name in (out.name, last.name):  # of a run that was killed
+            cli.remove_leftovers(out.parent, f".tmp-{escape(name)}-????????", age=0)
     if args.overwrite:
-        if args.resume:
-            raise UserError("--resume and --overwrite contradict each other: give one")
         return None
     if not last.exists():
         if out.exists():
-            raise UserError(
-                f"{out} is there already, without {last.name} to continue: --overwrite replaces it"
-            )
-        if args.resume:
-            print(f"no {last}: starting from the beginning")
+            raise UserError(f"{out} is there already, without {last.name}: --overwrite replaces it")
         return None
     state = load_checkpoint(last, f"{kind}.last")
     difference = describe_difference(state["config"], cli.settings_of(args))
@@ -288,21 +243,15 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
 
 
 def describe_difference(old: dict, new: dict) -> str | None:
-    """In what the settings of two runs differ, in words, or None where the second may continue the first.
-
-    A flag that there was not yet was off. Faces are compared by their pixels, once they have been read.
-    """
-    for key in sorted((old.keys() | new.keys()) - {"data", "init", "init_sha256"}):
-        before, now = (settings.get(key, "off") for settings in (old, new))
-        if (before or "off") != (now or "off"):
-            return f"--{key.replace('_', '-')} {before}, not {now}"
-    before, now = old.get("init_sha256"), new["init_sha256"]
-    if before and now:
-        return None if before == now else f"another file behind --init {new['init']}"
-    # Random, ImageNet's, or a file that is gone: a run that has begun needs it no more.
-    if not now and os.path.realpath(old["init"]) == os.path.realpath(new["init"]):
-        return None
-    return f"--init {old['init']}, not {new['init']}"
+    """In what the settings of two runs differ, or None. Faces are compared later, by their pixels."""
+    for name in sorted((old.keys() | new.keys()) - {"data", "init", "init_sha256"}):
+        if (old.get(name) or 0) != (new.get(name) or 0):  # a flag that there was not yet was off
+            return f"--{name.replace('_', '-')} {old.get(name, 'off')}, not {new.get(name, 'off')}"
+    if new["init_sha256"]:
+        same_start = new["init_sha256"] == old.get("init_sha256")
+    else:  # random, ImageNet's, or a file that is gone: a run that has begun needs it no more
+        same_start = os.path.realpath(old["init"]) == os.path.realpath(new["init"])
+    return None if same_start else f"another --init than {old['init']}"
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
@@ -333,15 +282,12 @@ def average_weights(model: nn.Module, decay: float, scheduler: LambdaLR) -> Aver
 
 def begin_training(
     args: argparse.Namespace, kind: str, model: nn.Module, groups: list[dict], dataset: FaceDataset,
-    device: torch.device, dtype: torch.dtype, state: dict | None, provenance: dict | None,
+    state: dict | None,
 ) -> Training:  # fmt: skip
-    """A run at its beginning, with the `provenance` of its weights, or where `open_run`'s `state` has it.
+    """A run at its beginning, its backbone loaded from --init, or where `open_run`'s `state` has it.
 
     Raises UserError if the state does not fit, or if the processes of torchrun are not all at one point.
     """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
-        torch.backends.cudnn.benchmark = True  # pays for pictures of one size
     settings = {key: value for key, value in cli.settings_of(args).items() if key not in ("data", "init")}
     check_ranks_agree(
         {
@@ -350,48 +296,60 @@ def begin_training(
             "settings": hashlib.sha256(repr(settings).encode()).hexdigest()[:8],
         }
     )
-    loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
+    provenance = {} if state else init_backbone(model.backbone, args.init)
+    device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
+        torch.backends.cudnn.benchmark = True  # pays for pictures of one size
     network = distribute(model, device)
+    loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
     optimizer = torch.optim.AdamW(groups, fused=True)
     scheduler = warmup_cosine(optimizer, args.epochs * len(loader))
-    ema = vars(args).get("ema")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    decay = vars(args).get("ema")  # pretrain.py has none
+    ema = average_weights(model, decay, scheduler) if decay else None
     training = Training(
-        args, kind, model, network, loader, device, dtype, optimizer, scheduler,
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        ema=average_weights(model, ema, scheduler) if ema else None, hashes=dataset.hashes,
-        provenance=provenance,
+        args, kind, model, network, loader, device, dtype, optimizer, scheduler, scaler, ema, dataset.hashes,
+        provenance,
     )  # fmt: skip
-    last = last_path(args.out)
-    if state is not None:
-        try:
-            same = torch.equal(state["hashes"], dataset.hashes)
-            training.load_state_dict(state)
-        except Exception:  # what a damaged file raises depends on where it is damaged
-            raise UserError(
-                f"{last} does not fit the model, or is of an older version: --overwrite starts again"
-            ) from None
-        if not same:
-            raise UserError(
-                f"{last} learned from other faces than {args.data} holds: --overwrite starts again"
-            )
-    elif args.overwrite and not rank():
-        last.unlink(missing_ok=True)  # lest --resume bring back what was overwritten
+    last = cli.beside(args.out, ".last.pt")
+    if state is None:
+        if args.overwrite and not rank():
+            last.unlink(missing_ok=True)  # lest --resume bring back what was overwritten
+        return training
+    try:
+        for name, part in stateful_parts(training).items():
+            part.load_state_dict(state[name])
+        same_faces = torch.equal(state["hashes"], dataset.hashes)
+        for name in ("provenance", "epoch", "history", "best"):
+            setattr(training, name, state[name])
+    except Exception:  # what a damaged file raises depends on where it is damaged
+        raise UserError(
+            f"{last} does not fit the model, or is of an older version: --overwrite starts again"
+        ) from None
+    if not same_faces:
+        raise UserError(f"{last} learned from other faces than {args.data} holds: --overwrite starts again")
     return training
 
 
-LOOK_EVERY = 50  # steps between looks at the loss: each waits for the device
+def stateful_parts(training: Training) -> dict:
+    """What changes while it trains and has a `state_dict`, by its name in `.last.pt`."""
+    names = ("model", "optimizer", "scheduler", "scaler", "ema")
+    return {name: getattr(training, name) for name in names if getattr(training, name) is not None}
 
 
 def train_one_epoch(training: Training, compute_losses) -> Tensor:
     """Trains for one epoch; returns the losses of all its steps, float32 (steps, K) on the CPU.
 
     compute_losses(model, batch) → (K,), of which the first is minimised; see `to_device` for the batch. Under
-    torchrun the losses are means over processes. Raises UserError if the first becomes infinite or NaN.
+    torchrun the losses are means over processes. Raises UserError if the first, or a weight, becomes infinite
+    or NaN.
     """
-    t, losses, recent = training, [], []
+    t, losses, start = training, [], time.perf_counter()
     t.network.train()
     t.loader.batch_sampler.epoch = t.epoch
-    for batch in batches(t):
+    for batch in cli.progress(t.loader, f"epoch {t.epoch + 1}/{t.args.epochs}", unit="step"):
         with autocast(t.device, t.dtype):
             values = compute_losses(t.network, to_device(batch, t.device))  # K
         t.scaler.scale(values[0]).backward()
@@ -401,57 +359,37 @@ def train_one_epoch(training: Training, compute_losses) -> Tensor:
         t.scheduler.step()
         if t.ema is not None:
             t.ema.update_parameters(t.model)
-        recent.append(values.detach())
-        if len(recent) == LOOK_EVERY or len(losses) + len(recent) == len(t.loader):
-            losses += check_losses(t, torch.stack(recent), len(losses))
-            recent = []
-    if not all_finite(t.model):
-        stop_broken(t, "weights became infinite or NaN", len(losses))
-    return torch.stack(losses)
-
-
-def batches(training: Training) -> Iterator[dict]:
-    """The batches of an epoch; UserError if the workers cannot start, or if one of them is killed."""
-    t = training
-    try:
-        yield from cli.progress(t.loader, f"epoch {t.epoch + 1}/{t.args.epochs}", unit="step")
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"--workers {t.args.workers}: {error}; make room (docker's --shm-size, ulimit -n, memory), or "
-            "give --workers 0"
-        ) from None
-
-
-def check_losses(training: Training, losses: Tensor, done: int) -> Tensor:
-    """Losses (steps, K) after step `done`, as means over processes on the CPU; UserError if broken."""
-    losses = mean_over_ranks(losses.float()).cpu()
+        losses.append(values.detach())
+    losses = mean_over_ranks(torch.stack(losses).float()).cpu()  # steps×K
+    t.seconds = time.perf_counter() - start
     broken = ~losses[:, 0].isfinite()
     # A gradient scaler skips the step of an overflow, and trains on with a smaller scale.
-    if broken.all() if training.scaler.is_enabled() else broken.any():
-        first = done + int(broken.int().argmax()) + 1
-        stop_broken(training, f"the loss became {losses[broken][0, 0]:g}", first)
+    if broken.all() if t.scaler.is_enabled() else broken.any():
+        step = int(broken.int().argmax())
+        what = f"the loss became {losses[step, 0]:g} in epoch {t.epoch + 1}, step {step + 1}"
+        raise UserError(f"{what}: lower --lr; checkpoints from before are kept")
+    if not all_finite(t.model):
+        what = f"weights became infinite or NaN in epoch {t.epoch + 1}"
+        raise UserError(f"{what}: lower --lr; checkpoints from before are kept")
     return losses
 
 
-def stop_broken(training: Training, what: str, step: int):
-    """Raises the UserError of a run whose numbers are no longer finite."""
-    remedy = "lower --lr" + (" or raise --temperature" if "temperature" in training.args else "")
-    raise UserError(
-        f"{what} in epoch {training.epoch + 1}, step {step}, at a learning rate of "
-        f"{training.scheduler.get_last_lr()[-1]:.2g}: {remedy}; checkpoints from before are kept"
-    )
-
-
-def finish_epoch(training: Training, row: dict):
-    """Adds a row to the history, moves on to the next epoch and writes `.last.pt` and the history."""
+def finish_epoch(training: Training, figures: dict):
+    """Ends an epoch: prints its figures, adds them to the history, and writes that and `.last.pt`."""
     t = training
-    t.history.append(row)
     t.epoch += 1
+    lr = t.scheduler.get_last_lr()[-1]
+    t.history.append({"epoch": t.epoch, **figures, "lr": lr, "seconds": round(t.seconds, 1)})
     if not rank():
-        save_checkpoint(last_path(t.args.out), f"{t.kind}.last", t.args, **t.state_dict())
+        parts = {name: part.state_dict() for name, part in stateful_parts(t).items()}
+        save_checkpoint(
+            cli.beside(t.args.out, ".last.pt"), f"{t.kind}.last", t.args, **parts, hashes=t.hashes,
+            provenance=t.provenance, epoch=t.epoch, history=t.history, best=t.best,
+        )  # fmt: skip
         cli.write_csv(cli.beside(t.args.out, ".csv"), t.history)
+    shown = "".join(f"{name.replace('_', ' ')} {value:.4f}, " for name, value in figures.items() if value)
+    speed = len(t.loader) * t.args.batch_size / t.seconds
+    print(f"epoch {t.epoch}/{t.args.epochs}: {shown}{t.seconds:.0f} s, {speed:.0f} faces/s")
     if t.epoch == t.args.epochs:
         t.loader = None  # its workers end now, lest torch report that they were killed at exit
 
@@ -462,23 +400,27 @@ def provenance(training: Training) -> dict:
     return training.provenance | {"train_hashes": seen}
 
 
-def plot_history(path: str | Path, history: list[dict], panels: dict[str, list[str]]):
-    """Draws curves of a history (a row an epoch) as PNG: a panel for each title, with the columns named."""
+def finish_run(training: Training, columns: list[str]):
+    """Writes the history as CSV and curves of its `columns` as PNG, and leaves the other processes."""
+    if not rank():
+        cli.write_csv(cli.beside(training.args.out, ".csv"), training.history)
+        plot_history(cli.beside(training.args.out, ".png"), training.history, columns)
+    if dist.is_initialized():  # those of a run that failed are left to torchrun
+        dist.destroy_process_group()
+
+
+def plot_history(path: Path, history: list[dict], columns: list[str]):
+    """Draws those of `columns` that hold numbers over the epochs, a panel each, as PNG."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's shell inherits one that may not be installed here
     from matplotlib.figure import Figure  # here, since the import takes a second
 
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    columns = [column for column in columns if history[-1].get(column) is not None]
     epochs = [row["epoch"] for row in history]
-    marker = "o" if len(epochs) < 20 else None
-    for axis, (title, columns) in zip(axes, panels.items()):
-        for column in columns:
-            values = [row[column] for row in history]
-            axis.plot(epochs, values, label=column.replace("_", " "), marker=marker)
-        axis.set(title=title, xlabel="epoch")
+    figure = Figure(figsize=(4.5 * len(columns), 3.6), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
+        axis.plot(epochs, [row[column] for row in history], marker="o" if len(epochs) < 20 else None)
+        axis.set(title=column.replace("_", " "), xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        if len(columns) > 1:
-            axis.legend()
     with cli.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import finetune
+import training
 from common import FaceDataset, load_checkpoint, load_model, make_model, score_dataset
 from conftest import FAST, noise_pairs, write_pair
 
@@ -22,8 +23,8 @@ def history(path):
 def test_writes_model_history_and_curves(drawn, tmp_path, cli, monkeypatch):
     """By the recipe that is the default; the average of weights is what is validated and kept."""
     begun, validated = [], []
-    begin, validate = finetune.begin_training, finetune.validate
-    monkeypatch.setattr(finetune, "begin_training", lambda *args: begun.append(begin(*args)) or begun[-1])
+    begin, validate = training.begin_training, finetune.validate
+    monkeypatch.setattr(training, "begin_training", lambda *args: begun.append(begin(*args)) or begun[-1])
     monkeypatch.setattr(finetune, "validate", lambda *args: validated.append(args[0]) or validate(*args))
     data, out = drawn / "dataset/processed_split", tmp_path / "m.pt"
     flags = ["--data", data, "--out", out, "--epochs", 1, *FAST, "--init", "random", "--multitask"]
@@ -39,15 +40,15 @@ def test_writes_model_history_and_curves(drawn, tmp_path, cli, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv", "m.last.pt", "m.png", "m.pt"]
     # Years, averages of mirror images and of weights; matrices in half precision, vectors as they are.
     assert model.head.weight.shape == (101, 512) and model.flip_averaging and out.stat().st_size < 25e6
-    [training], average = begun, begun[0].ema.module
-    assert validated == [average] and training.args.ema == 0.998
+    [run], average = begun, begun[0].ema.module
+    assert validated == [average] and run.args.ema == 0.998
     kept = checkpoint["weights"]
     for name, values in average.state_dict().items():
         if name.startswith("attributes."):  # the heads for gender and race end with the training
             assert name not in kept
         else:
             assert torch.equal(kept[name], values.half() if values.ndim > 1 else values), name
-    assert not torch.equal(average.head.weight, training.model.head.weight)
+    assert not torch.equal(average.head.weight, run.model.head.weight)
     val = FaceDataset(data / "val", 32)
     right = score_dataset(model, val, CPU)[0].argmax(dim=1) == val.labels["group"]
     assert right.double().mean() == pytest.approx(checkpoint["val"]["val_accuracy"], abs=0.001)
@@ -71,7 +72,7 @@ def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkey
         return {"val_loss": loss, "val_accuracy": accuracy, "val_mask_iou": None}
 
     monkeypatch.setattr(finetune, "validate", scripted)
-    monkeypatch.setattr(finetune, "train_one_epoch", lambda training, _: add_one(training.model))
+    monkeypatch.setattr(training, "train_one_epoch", lambda run, _: add_one(run.model))
     flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "m.pt", "--epochs", 5]
     assert cli("finetune", *flags, *FAST, "--init", "random", "--ema", 0)[0] == 0
     checkpoint = load_checkpoint(tmp_path / "m.pt", "model")
@@ -81,7 +82,7 @@ def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkey
 
 def test_final_learns_from_val_too_and_keeps_the_last_epoch(drawn, tmp_path, cli, monkeypatch):
     data, out = drawn / "dataset/processed_split", tmp_path / "m.pt"
-    monkeypatch.setattr(finetune, "train_one_epoch", lambda training, _: add_one(training.model))
+    monkeypatch.setattr(training, "train_one_epoch", lambda run, _: add_one(run.model))
     flags = ["--data", data, *FAST, "--init", "random", "--ema", 0]
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "validate", None)  # nothing is scored

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import common
 import pretrain
 from common import load_checkpoint
 from conftest import FAST, noise_pairs
@@ -34,7 +35,7 @@ def test_flags_reach_the_losses(monkeypatch, positives, default):
     batch = {"image": torch.randn(4, 3, 32, 32), "age": torch.tensor([3, 3, 60, 60])}
     names = {"view": "nt_xent_loss", "age": "age_contrastive_loss", "rank": "rank_contrastive_loss"}
     seen = []
-    monkeypatch.setattr(pretrain, names[positives], lambda *args: seen.append(args) or torch.ones(()))
+    monkeypatch.setattr(common, names[positives], lambda *args: seen.append(args) or torch.ones(()))
     for flags, temperature in (([], default), (["--temperature", "0.3", "--sigma", "0.9"], 0.3)):
         args = pretrain.get_parser().parse_args(["--positives", positives, *flags])
         contrastive_loss(ContrastiveResNet18(positives != "rank"), batch, args)
@@ -62,7 +63,7 @@ def test_views_of_a_face_lie_in_a_row():
 def test_flags_reach_the_training(drawn, tmp_path, cli, monkeypatch, positives, width):
     """The projection head, and rates and decay of the optimizer's groups."""
     begun = []
-    monkeypatch.setattr(pretrain, "begin_training", lambda *args: begun.append(args) or 1 / 0)
+    monkeypatch.setattr("training.begin_training", lambda *args: begun.append(args) or 1 / 0)
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--out", tmp_path / "o.pt"]
     with pytest.raises(ZeroDivisionError):
         cli("pretrain", *flags, "--positives", positives, "--lr", 0.02, "--weight-decay", 0.4)

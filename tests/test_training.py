@@ -17,8 +17,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import devices
-import finetune
-import pretrain
+from cli import UserError
 from common import FaceDataset, load_checkpoint
 from conftest import FAST, ROOT, noise_pairs
 from training import (
@@ -40,6 +39,7 @@ class TinyModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 6)
+        self.backbone = None  # which starts at random
 
     def forward(self, images):
         return self.head(self.norm(self.conv(images)).relu().mean(dim=(2, 3)))
@@ -49,8 +49,8 @@ def group_losses(model, batch):
     return F.cross_entropy(model(batch["image"]).float(), batch["group"])[None]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_equals_a_loop_written_by_hand(tmp_path, dtype):
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_training_equals_a_loop_written_by_hand(tmp_path, precision, dtype):
     """Every weight and statistic of the model and of its average, after two epochs of four steps."""
     noise_pairs(tmp_path / "train", [3, 10, 20, 30, 50, 70] * 3)
     dataset = FaceDataset(tmp_path / "train", 32, seed=4)
@@ -58,9 +58,10 @@ def test_training_equals_a_loop_written_by_hand(tmp_path, dtype):
     model = TinyModel()
     expected, lr, decay = copy.deepcopy(model), 0.01, 0.3
     args = Namespace(out=tmp_path / "o.pt", data=tmp_path, batch_size=4, seed=4, workers=0, epochs=2)
-    args.image_size, args.overwrite, args.ema = 32, False, decay
+    args.image_size, args.overwrite, args.ema, args.init = 32, False, decay, "random"
+    args.device, args.precision = "cpu", precision
     groups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": 0.2}]
-    training = begin_training(args, "model", model, groups, dataset, CPU, dtype, None, {})
+    training = begin_training(args, "model", model, groups, dataset, None)
     found = []
     for training.epoch in (0, 1):
         found.append(train_one_epoch(training, group_losses))
@@ -90,21 +91,38 @@ def test_training_equals_a_loop_written_by_hand(tmp_path, dtype):
             assert torch.allclose(ours[name], theirs[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("script, module", [("pretrain", pretrain), ("finetune", finetune)])
-def test_precision_and_final_reach_the_training(drawn, tmp_path, cli, monkeypatch, script, module):
-    begun = []
-    monkeypatch.setattr(module, "begin_training", lambda *args: begun.append(args) or 1 / 0)
-    flags = [script, "--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--out"]
+@pytest.fixture
+def epochs(monkeypatch):
+    """Training without its steps; a list of the epochs, and Ctrl-C at those that are put into `stop_at`."""
+
+    def train(run, _):
+        if run.epoch + 1 == done.stop_at:
+            raise KeyboardInterrupt
+        done.append(run)
+        return torch.ones(2, 3)
+
+    class Epochs(list):
+        stop_at = None
+
+    done = Epochs()
+    monkeypatch.setattr("training.train_one_epoch", train)
+    return done
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_precision_and_final_reach_the_training(drawn, tmp_path, cli, epochs, script):
+    flags = [script, "--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 2]
+    first = None
     for own, dtype, folders in (
         (["--precision", "bf16", "--final"], torch.bfloat16, ["train", "val"]),
-        (["--precision", "fp32"], torch.float32, ["train"]),
+        (["--precision", "fp32", "--overwrite"], torch.float32, ["train"]),
     ):
-        with pytest.raises(ZeroDivisionError):
-            cli(*flags, tmp_path / "o.pt", *own)
-        model, dataset = begun[-1][2], begun[-1][4]
-        first = begun[0][2].state_dict()
-        assert all(torch.equal(values, first[key]) for key, values in model.state_dict().items())  # by --seed
-        assert dtype in begun[-1]
+        epochs.stop_at = 2
+        assert cli(*flags, "--out", tmp_path / "o.pt", *own)[0] == 130
+        run = epochs.pop()
+        first, dataset = first or run.model.state_dict(), run.loader.dataset
+        assert all(torch.equal(values, first[key]) for key, values in run.model.state_dict().items())
+        assert run.dtype == dtype
         assert len(dataset) == sum(
             len(list((drawn / "dataset/processed_split" / name).glob("*_image.png"))) for name in folders
         )
@@ -123,7 +141,7 @@ def test_precision_auto_is_bf16_where_the_processor_has_it(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # of an older torch
     assert devices.choose_precision("auto", CPU) == torch.float32
     for device in ("cpu", "mps"):
-        with pytest.raises(finetune.UserError, match=f"--precision fp16 needs CUDA.*--device {device}"):
+        with pytest.raises(UserError, match=f"--precision fp16 needs CUDA.*--device {device}"):
             devices.choose_precision("fp16", torch.device(device))
 
 
@@ -139,25 +157,6 @@ def test_copies_wait_unless_pinned_to_cuda(monkeypatch):
         for device in ("mps", "cuda", "cpu"):
             devices.copy_to(torch.device(device), values)
     assert asked == [False, False, False, False, True, False]
-
-
-@pytest.fixture
-def epochs(monkeypatch):
-    """Training without its steps; a list of the epochs, and Ctrl-C at those that are put into `stop_at`."""
-
-    def train(training, _):
-        if training.epoch + 1 == done.stop_at:
-            raise KeyboardInterrupt
-        done.append(training)
-        return torch.ones(2, 3)
-
-    class Epochs(list):
-        stop_at = None
-
-    done = Epochs()
-    for module in (pretrain, finetune):
-        monkeypatch.setattr(module, "train_one_epoch", train)
-    return done
 
 
 def test_flags_reach_the_training(drawn, tmp_path, cli, epochs):
@@ -184,13 +183,13 @@ def test_flags_reach_the_training(drawn, tmp_path, cli, epochs):
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
 def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, script):
-    module, firsts = {"pretrain": pretrain, "finetune": finetune}[script], []
+    firsts = []
 
-    def look(training, _):
-        firsts.append(next(iter(training.loader))["image"])
+    def look(run, _):
+        firsts.append(next(iter(run.loader))["image"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "train_one_epoch", look)
+    monkeypatch.setattr("training.train_one_epoch", look)
     flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "o.pt", "--init", "random"]
     for seed in (0, 0, 1):
         assert cli(script, *flags, *FAST, "--seed", seed)[0] == 130
@@ -203,9 +202,9 @@ def test_settings_that_differ():
     for new, words in (
         (same, None),
         (same | {"init": "kept.pt"}, None),  # the same bytes under another name
-        (same | {"init_sha256": "ba5"}, "another file behind --init c.pt"),
+        (same | {"init_sha256": "ba5"}, "another --init than a/../c.pt"),
         (same | {"init_sha256": None}, None),  # the file is gone, and not needed any more
-        (same | {"init": "typo.pt", "init_sha256": None}, "--init a/../c.pt, not typo.pt"),
+        (same | {"init": "typo.pt", "init_sha256": None}, "another --init than a/../c.pt"),
         (same | {"seed": 1}, "--seed 0, not 1"),
         (same | {"lr": 0.2}, "--lr 0.1, not 0.2"),
         (same | {"new_flag": False}, None),  # what there was not yet was off
@@ -214,7 +213,7 @@ def test_settings_that_differ():
         assert describe_difference(old, new) == words
     random = old | {"init": "random", "init_sha256": None}
     assert describe_difference(random, random) is None
-    assert describe_difference(random, same) == "--init random, not c.pt"
+    assert describe_difference(random, same) == "another --init than random"
 
 
 def test_what_may_be_continued(drawn, tmp_path, cli, refuse, epochs):
@@ -294,15 +293,18 @@ def test_warmup_cosine():
 
 def test_curves_show_the_columns_that_are_named(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda _, *xy, label, **__: drawn.append((label, *xy)))
-    rows = [{"epoch": 1, "loss": 3.0, "val_loss": 2.0}, {"epoch": 2, "loss": 1.0, "val_loss": 4.0}]
-    plot_history(tmp_path / "c.png", rows, {"train": ["loss"], "val": ["val_loss"]})
-    assert drawn == [("loss", [1, 2], [3.0, 1.0]), ("val loss", [1, 2], [2.0, 4.0])]
+    monkeypatch.setattr(Axes, "plot", lambda _, *xy, **__: drawn.append(xy))
+    rows = [
+        {"epoch": 1, "loss": 3.0, "iou": None, "lr": 2.0},
+        {"epoch": 2, "loss": 1.0, "iou": None, "lr": 4.0},
+    ]
+    plot_history(tmp_path / "c.png", rows, ["loss", "iou", "val_loss"])
+    assert drawn == [([1, 2], [3.0, 1.0])]
 
 
 def test_curves_are_drawn_whatever_the_backend(tmp_path):
     """In a process of its own, which takes MPLBACKEND when it imports matplotlib."""
-    code = "from training import *; plot_history('c.png', [{'epoch': 1, 'loss': 2.0}], {'loss': ['loss']})"
+    code = "from training import *; plot_history('c.png', [{'epoch': 1, 'loss': 2.0}], ['loss'])"
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.nowhere", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0 and (tmp_path / "c.png").stat().st_size > 1000, done.stderr

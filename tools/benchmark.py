@@ -69,18 +69,19 @@ def call(script, *flags):
 def measure_training(raw, pairs, args, device):
     flags = f"--multitask --epochs {args.repeats + 1} --image-size {args.image_size}".split()
     flags += f"--batch-size {args.batch_size} --workers {args.workers}".split()
+    flags += f"--init random --device {args.device} --precision {args.precision}".split()
     settings = cli.parse_args(finetune.get_parser(), flags)
     dataset = common.FaceDataset(pairs, args.image_size, common.supervised_augmentation)
     model = common.make_model(vars(settings), training=True)
     groups = common.build_param_groups(model, settings.lr)
-    dtype = devices.choose_precision(args.precision, device)
-    t = training.begin_training(settings, "model", model, groups, dataset, device, dtype, None, None)
+    with redirect_stdout(io.StringIO()):
+        t = training.begin_training(settings, "model", model, groups, dataset, None)
     compute_losses = partial(finetune.multitask_losses, args=settings)
     batch = training.to_device(next(iter(t.loader)), device)
 
     def bare_steps():
         for _ in range(len(t.loader)):
-            with devices.autocast(device, dtype):
+            with devices.autocast(device, t.dtype):
                 loss = compute_losses(model.train(), batch)[0]
             loss.backward()
             t.optimizer.step()
