@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -37,9 +38,6 @@ class UserError(Exception):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that has one, and the description as it is written."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=110)
 
     def _get_help_string(self, action):
         without = action.default is None or action.default is False  # not 0, which is worth showing
@@ -102,8 +100,9 @@ def environment_number(name: str) -> int | None:
 
 def script_parser(script: str, description: str) -> Parser:
     """A parser for `<script>.py` that already holds the flags that all scripts share."""
+    formatter = partial(HelpFormatter, max_help_position=34, width=110)
     parser = Parser(
-        f"{script}.py", usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter,
+        f"{script}.py", usage=argparse.SUPPRESS, description=description, formatter_class=formatter,
         allow_abbrev=False,
     )  # fmt: skip
     # fmt: off

@@ -240,10 +240,7 @@ class MultitaskResNet18(nn.Module):
 
 
 def make_model(settings: dict, training: bool = False) -> MultitaskResNet18:
-    """The model, still untrained, that the settings of finetune.py ask for; one that is missing is off.
-
-    training: with the heads for gender and race, if they ask for them, which model.pt does not keep.
-    """
+    """The untrained model that finetune.py's settings ask for; its attribute heads in `training` alone."""
     return MultitaskResNet18(
         multitask=bool(settings.get("multitask")),
         by_year=bool(settings.get("age_sigma")),

@@ -1,8 +1,5 @@
-"""What a model runs on: device, precision, seeds, and the processes of torchrun. Torch, nothing of faces."""
+"""What a model runs on: device, precision, and the processes of torchrun. Torch, nothing of faces."""
 
-import random
-
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +12,7 @@ from cli import UserError, environment_number
 
 
 def choose_device(name: str) -> torch.device:
-    """The device named, or for `auto` the best there is: cuda, mps, cpu. UserError if it is not there.
+    """The device named, or for `auto` the best of cuda, mps and cpu; UserError if it is not there.
 
     Under torchrun, cuda is the process's own GPU.
     """
@@ -35,8 +32,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The forward pass's dtype: what is named, or for `auto` bf16 where the device computes in it by itself,
-    else fp16 on CUDA and fp32 elsewhere."""
+    """The forward pass's dtype: what is named, or for `auto` what the device computes in by itself.
+
+    That is bf16 or, on a GPU that lacks it, fp16, and fp32 elsewhere.
+    """
     if name == "auto":
         name = "bf16" if has_native_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
     if name == "fp16" and device.type != "cuda":  # fused AdamW on mps does not heed the gradient scaler
@@ -62,13 +61,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def copy_to(device: torch.device, values: Tensor) -> Tensor:
     """A tensor on `device`, not waited for where that is safe: what lies in pinned memory, to CUDA."""
     return values.to(device, non_blocking=device.type == "cuda" and values.is_pinned())
-
-
-def set_seed(seed: int):
-    """Seeds torch (initial weights), numpy and random; augmentation and order carry their own seeds."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 # ------------------------------------------------------------------------------------------------------------

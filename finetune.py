@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import common
 import training
 from cli import UserError, number, run
-from devices import rank, set_seed
+from devices import rank
 from utkface import GROUP_NAMES, age_to_group, list_pairs, split_settings
 
 
@@ -107,7 +107,7 @@ def main(args):
     options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
     dataset = common.FaceDataset(folders, args.image_size, common.supervised_augmentation, **options)
     val_dataset = None if args.final else common.FaceDataset(val, args.image_size, **options)
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     model = common.make_model(vars(args), training=True)
     groups = common.build_param_groups(
         model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay

@@ -12,13 +12,14 @@ for --resume.
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 from torchvision.models import resnet18
 
 import common
 import training
 from cli import number, run
-from devices import rank, set_seed
+from devices import rank
 from utkface import list_pairs
 
 TEMPERATURES = {"rank": 2.0, "age": 0.07, "view": 0.07}
@@ -79,7 +80,7 @@ def main(args):
 
     options = {"views": 2, "with_masks": False, "seed": args.seed, "workers": args.workers}
     dataset = common.FaceDataset(folders, args.image_size, common.contrastive_augmentation, **options)
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     model = ContrastiveResNet18(projects=args.positives != "rank")
     groups = common.build_param_groups(model, args.lr, weight_decay=args.weight_decay)
     t = training.begin_training(args, "contrastive", model, groups, dataset, state)

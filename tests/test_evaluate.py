@@ -19,7 +19,6 @@ import evaluate
 import metrics
 from common import FaceDataset, MultitaskResNet18, save_checkpoint
 from conftest import ROOT, noise_pairs, write_pair
-from devices import set_seed
 from evaluate import Evaluation, measure, read_split_table, score_model, score_subgroups
 from utkface import GROUP_NAMES, Face, pixel_hash, read_image
 
@@ -181,7 +180,7 @@ def test_split_table_as_written_and_as_a_spreadsheet_saves_it(tmp_path, cli, ref
 
 def untrained(path, seed=0, **content):
     """A checkpoint of a model with random weights, 32 px; content: what else it holds, or config's keys."""
-    set_seed(seed)
+    torch.manual_seed(seed)
     config = {"image_size": 32, "seed": seed, "multitask": True, "age_sigma": 2.0, "init": "random"}
     config |= {"lr_strategy": "uniform", "data": "d", "lr": 1e-3}
     held = {"train_hashes": torch.empty(0, dtype=torch.int64), "pretraining": {}}
