@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import cli
 import common
 import training
-from cli import UserError, number, run
 from devices import rank
 from utkface import GROUP_NAMES, age_to_group, list_pairs, split_settings
 
@@ -68,18 +68,18 @@ def get_parser():
     defaults = {"out": "model.pt", "init": "imagenet", "epochs": 30, "batch_size": 128}
     parser = training.training_parser("finetune", __doc__, **defaults)
     # fmt: off
-    add, low_zero, switch = parser.add_argument, number(float, low=0), argparse.BooleanOptionalAction
+    add, low_zero, switch = parser.add_argument, cli.number(float, low=0), argparse.BooleanOptionalAction
     add("--multitask", action=switch, default=False, help="also learn the face mask")
     add("--mask-weight", metavar="W", type=low_zero, default=0.5, help="of the mask loss beside the age loss")
     add("--attribute-weight", metavar="W", type=low_zero, default=0.3,
         help="of gender and race, learned from the file names beside the age, for training alone; 0 is off")
     add("--lr-strategy", choices=["uniform", "differentiated"], default="uniform",
         help="one rate for all, or a lower one for the backbone than for the heads")
-    add("--backbone-lr-scale", metavar="S", type=number(float, above=0), default=0.5,
+    add("--backbone-lr-scale", metavar="S", type=cli.number(float, above=0), default=0.5,
         help="the backbone's share of --lr when differentiated")
     add("--age-sigma", metavar="YEARS", type=low_zero, default=2.0,
         help="learn the year, with soft labels this wide, and sum years into groups; 0 learns groups alone")
-    add("--ema", metavar="DECAY", type=number(float, low=0, high=0.99999), default=0.998,
+    add("--ema", metavar="DECAY", type=cli.number(float, low=0, high=0.99999), default=0.998,
         help="decay a step of the average of weights that is validated and kept; 0 is off")
     add("--flip-averaging", action=switch, default=True,
         help="the model averages over a face and its mirror image, from validation on")
@@ -101,7 +101,7 @@ def main(args):
     if about["missing_groups"]:
         lack = f"{train} holds no face of {', '.join(about['missing_groups'])}"
         if not args.age_sigma:
-            raise UserError(f"{lack}: add some and run split.py again, or learn years (--age-sigma 2)")
+            raise cli.UserError(f"{lack}: add some and run split.py again, or learn years (--age-sigma 2)")
         print(f"warning: {lack}: the model will not know what they look like", file=sys.stderr)
 
     options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
@@ -112,45 +112,45 @@ def main(args):
     groups = common.build_param_groups(
         model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay
     )
-    t = training.begin_training(args, "model", model, groups, dataset, state)
-    about |= training.provenance(t)
+    run = training.begin_training(args, "model", model, groups, dataset, state)
+    about |= training.provenance(run)
     if val_dataset is not None:
         about["val_hashes"] = torch.cat([about["val_hashes"], val_dataset.hashes]).unique()
-        known = torch.isin(val_dataset.hashes, t.provenance["train_hashes"]).sum()
+        known = torch.isin(val_dataset.hashes, run.provenance["train_hashes"]).sum()
         if known and not rank():
             counts = f"{known} of the {len(val_dataset)} faces of val"
             print(f"warning: --init has learned from {counts}, so val flatters", file=sys.stderr)
 
-    while t.epoch < args.epochs:
-        losses = training.train_one_epoch(t, partial(multitask_losses, args=args))  # steps×3
+    while run.epoch < args.epochs:
+        losses = training.train_one_epoch(run, partial(multitask_losses, args=args))  # steps×3
         _, age_loss, mask_loss = losses.mean(dim=0).tolist()
-        trained = model if t.ema is None else t.ema.module
+        trained = model if run.ema is None else run.ema.module
         figures, score = {}, None
         if val_dataset is not None:
-            figures = validate(trained, val_dataset, t.device)
+            figures = validate(trained, val_dataset, run.device)
             score = (-figures["val_accuracy"], figures["val_loss"])
-        is_best = score is None or t.best is None or score < t.best["score"]
+        is_best = score is None or run.best is None or score < run.best["score"]
         if is_best:
             weights = {
                 key: value.detach().to("cpu", copy=True)
                 for key, value in trained.state_dict().items()
                 if not key.startswith("attributes.")
             }
-            t.best = {"epoch": t.epoch + 1, "score": score, "figures": figures, "weights": weights}
-        training.finish_epoch(t, {"train_loss": age_loss, "train_mask_loss": mask_loss, **figures})
+            run.best = {"epoch": run.epoch + 1, "score": score, "figures": figures, "weights": weights}
+        training.finish_epoch(run, {"train_loss": age_loss, "train_mask_loss": mask_loss, **figures})
         if is_best and not rank():
-            save_best(args, t.best, about)
+            save_best(args, run.best, about)
 
     if not rank():
-        save_best(args, t.best, about)  # once more, lest the run was killed before it
-        accuracy = t.best["figures"].get("val_accuracy")
+        save_best(args, run.best, about)  # once more, lest the run was killed before it
+        accuracy = run.best["figures"].get("val_accuracy")
         print(
-            f"{args.out} written: epoch {t.best['epoch']} of {args.epochs} on {len(dataset)} faces at "
+            f"{args.out} written: epoch {run.best['epoch']} of {args.epochs} on {len(dataset)} faces at "
             f"{args.image_size} px" + (f", accuracy on val {accuracy:.2%}" if val_dataset else "")
         )
     # The loss on train is of years, that on val of groups.
-    training.finish_run(t, ["train_loss", "val_loss", "val_accuracy", "val_mask_iou"])
+    training.finish_run(run, ["train_loss", "val_loss", "val_accuracy", "val_mask_iou"])
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    cli.run(main, get_parser())

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+import cli
 import common
 import training
-from cli import number, run
 from devices import rank
 from utkface import list_pairs
 
@@ -62,7 +62,7 @@ def get_parser():
     defaults = {"out": "contrastive.pt", "init": "random", "epochs": 100, "batch_size": 256}
     parser = training.training_parser("pretrain", __doc__, **defaults)
     # fmt: off
-    add, above_zero = parser.add_argument, number(float, above=0)
+    add, above_zero = parser.add_argument, cli.number(float, above=0)
     add("--positives", choices=["rank", "age", "view"], default="rank", help="what attracts, see above")
     add("--temperature", metavar="T", type=above_zero, help="of the loss; by default 2 for rank, else 0.07")
     add("--sigma", type=above_zero, default=0.5, help="for age: negatives weigh e^(years apart / 50 sigma)")
@@ -83,22 +83,22 @@ def main(args):
     torch.manual_seed(args.seed)
     model = ContrastiveResNet18(projects=args.positives != "rank")
     groups = common.build_param_groups(model, args.lr, weight_decay=args.weight_decay)
-    t = training.begin_training(args, "contrastive", model, groups, dataset, state)
+    run = training.begin_training(args, "contrastive", model, groups, dataset, state)
 
-    while t.epoch < args.epochs:
-        losses = training.train_one_epoch(t, partial(contrastive_loss, args=args))  # steps×1
-        training.finish_epoch(t, {"loss": losses[:, 0].mean().item()})
+    while run.epoch < args.epochs:
+        losses = training.train_one_epoch(run, partial(contrastive_loss, args=args))  # steps×1
+        training.finish_epoch(run, {"loss": losses[:, 0].mean().item()})
 
     if not rank():
         weights = {f"backbone.{key}": value.cpu() for key, value in model.backbone.state_dict().items()}
-        provenance = training.provenance(t)
+        provenance = training.provenance(run)
         common.save_checkpoint(args.out, "contrastive", args, weights=weights, **provenance)
         print(
             f"{args.out} written: backbone after {args.epochs} epochs on {faces} faces "
-            f"at {args.image_size} px, loss {t.history[-1]['loss']:.4f}"
+            f"at {args.image_size} px, loss {run.history[-1]['loss']:.4f}"
         )
-    training.finish_run(t, ["loss", "lr"])
+    training.finish_run(run, ["loss", "lr"])
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    cli.run(main, get_parser())

@@ -305,7 +305,7 @@ def begin_training(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     decay = vars(args).get("ema")  # pretrain.py has none
     ema = average_weights(model, decay, scheduler) if decay else None
-    training = Training(
+    run = Training(
         args, kind, model, network, loader, device, dtype, optimizer, scheduler, scaler, ema, dataset.hashes,
         provenance,
     )  # fmt: skip
@@ -313,94 +313,93 @@ def begin_training(
     if state is None:
         if args.overwrite and not rank():
             last.unlink(missing_ok=True)  # lest --resume bring back what was overwritten
-        return training
+        return run
     try:
-        for name, part in stateful_parts(training).items():
+        for name, part in stateful_parts(run).items():
             part.load_state_dict(state[name])
         same_faces = torch.equal(state["hashes"], dataset.hashes)
         for name in ("provenance", "epoch", "history", "best"):
-            setattr(training, name, state[name])
+            setattr(run, name, state[name])
     except Exception:  # what a damaged file raises depends on where it is damaged
         raise UserError(
             f"{last} does not fit the model, or is of an older version: --overwrite starts again"
         ) from None
     if not same_faces:
         raise UserError(f"{last} learned from other faces than {args.data} holds: --overwrite starts again")
-    return training
+    return run
 
 
-def stateful_parts(training: Training) -> dict:
+def stateful_parts(run: Training) -> dict:
     """What changes while it trains and has a `state_dict`, by its name in `.last.pt`."""
     names = ("model", "optimizer", "scheduler", "scaler", "ema")
-    return {name: getattr(training, name) for name in names if getattr(training, name) is not None}
+    return {name: getattr(run, name) for name in names if getattr(run, name) is not None}
 
 
-def train_one_epoch(training: Training, compute_losses) -> Tensor:
+def train_one_epoch(run: Training, compute_losses) -> Tensor:
     """Trains for one epoch; returns the losses of all its steps, float32 (steps, K) on the CPU.
 
     compute_losses(model, batch) → (K,), of which the first is minimised; see `to_device` for the batch. Under
     torchrun the losses are means over processes. Raises UserError if the first, or a weight, becomes infinite
     or NaN.
     """
-    t, losses, start = training, [], time.perf_counter()
-    t.network.train()
-    t.loader.batch_sampler.epoch = t.epoch
-    for batch in cli.progress(t.loader, f"epoch {t.epoch + 1}/{t.args.epochs}", unit="step"):
-        with autocast(t.device, t.dtype):
-            values = compute_losses(t.network, to_device(batch, t.device))  # K
-        t.scaler.scale(values[0]).backward()
-        t.scaler.step(t.optimizer)
-        t.scaler.update()
-        t.optimizer.zero_grad()
-        t.scheduler.step()
-        if t.ema is not None:
-            t.ema.update_parameters(t.model)
+    losses, start = [], time.perf_counter()
+    run.network.train()
+    run.loader.batch_sampler.epoch = run.epoch
+    for batch in cli.progress(run.loader, f"epoch {run.epoch + 1}/{run.args.epochs}", unit="step"):
+        with autocast(run.device, run.dtype):
+            values = compute_losses(run.network, to_device(batch, run.device))  # K
+        run.scaler.scale(values[0]).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        run.scheduler.step()
+        if run.ema is not None:
+            run.ema.update_parameters(run.model)
         losses.append(values.detach())
     losses = mean_over_ranks(torch.stack(losses).float()).cpu()  # steps×K
-    t.seconds = time.perf_counter() - start
+    run.seconds = time.perf_counter() - start
     broken = ~losses[:, 0].isfinite()
     # A gradient scaler skips the step of an overflow, and trains on with a smaller scale.
-    if broken.all() if t.scaler.is_enabled() else broken.any():
+    if broken.all() if run.scaler.is_enabled() else broken.any():
         step = int(broken.int().argmax())
-        what = f"the loss became {losses[step, 0]:g} in epoch {t.epoch + 1}, step {step + 1}"
+        what = f"the loss became {losses[step, 0]:g} in epoch {run.epoch + 1}, step {step + 1}"
         raise UserError(f"{what}: lower --lr; checkpoints from before are kept")
-    if not all_finite(t.model):
-        what = f"weights became infinite or NaN in epoch {t.epoch + 1}"
+    if not all_finite(run.model):
+        what = f"weights became infinite or NaN in epoch {run.epoch + 1}"
         raise UserError(f"{what}: lower --lr; checkpoints from before are kept")
     return losses
 
 
-def finish_epoch(training: Training, figures: dict):
+def finish_epoch(run: Training, figures: dict):
     """Ends an epoch: prints its figures, adds them to the history, and writes that and `.last.pt`."""
-    t = training
-    t.epoch += 1
-    lr = t.scheduler.get_last_lr()[-1]
-    t.history.append({"epoch": t.epoch, **figures, "lr": lr, "seconds": round(t.seconds, 1)})
+    run.epoch += 1
+    lr = run.scheduler.get_last_lr()[-1]
+    run.history.append({"epoch": run.epoch, **figures, "lr": lr, "seconds": round(run.seconds, 1)})
     if not rank():
-        parts = {name: part.state_dict() for name, part in stateful_parts(t).items()}
+        parts = {name: part.state_dict() for name, part in stateful_parts(run).items()}
         save_checkpoint(
-            cli.beside(t.args.out, ".last.pt"), f"{t.kind}.last", t.args, **parts, hashes=t.hashes,
-            provenance=t.provenance, epoch=t.epoch, history=t.history, best=t.best,
+            cli.beside(run.args.out, ".last.pt"), f"{run.kind}.last", run.args, **parts, hashes=run.hashes,
+            provenance=run.provenance, epoch=run.epoch, history=run.history, best=run.best,
         )  # fmt: skip
-        cli.write_csv(cli.beside(t.args.out, ".csv"), t.history)
+        cli.write_csv(cli.beside(run.args.out, ".csv"), run.history)
     shown = "".join(f"{name.replace('_', ' ')} {value:.4f}, " for name, value in figures.items() if value)
-    speed = len(t.loader) * t.args.batch_size / t.seconds
-    print(f"epoch {t.epoch}/{t.args.epochs}: {shown}{t.seconds:.0f} s, {speed:.0f} faces/s")
-    if t.epoch == t.args.epochs:
-        t.loader = None  # its workers end now, lest torch report that they were killed at exit
+    speed = len(run.loader) * run.args.batch_size / run.seconds
+    print(f"epoch {run.epoch}/{run.args.epochs}: {shown}{run.seconds:.0f} s, {speed:.0f} faces/s")
+    if run.epoch == run.args.epochs:
+        run.loader = None  # its workers end now, lest torch report that they were killed at exit
 
 
-def provenance(training: Training) -> dict:
+def provenance(run: Training) -> dict:
     """All faces that the weights have learned from, and how they began, for a checkpoint to carry."""
-    seen = torch.cat([training.provenance["train_hashes"], training.hashes]).unique()
-    return training.provenance | {"train_hashes": seen}
+    seen = torch.cat([run.provenance["train_hashes"], run.hashes]).unique()
+    return run.provenance | {"train_hashes": seen}
 
 
-def finish_run(training: Training, columns: list[str]):
+def finish_run(run: Training, columns: list[str]):
     """Writes the history as CSV and curves of its `columns` as PNG, and leaves the other processes."""
     if not rank():
-        cli.write_csv(cli.beside(training.args.out, ".csv"), training.history)
-        plot_history(cli.beside(training.args.out, ".png"), training.history, columns)
+        cli.write_csv(cli.beside(run.args.out, ".csv"), run.history)
+        plot_history(cli.beside(run.args.out, ".png"), run.history, columns)
     if dist.is_initialized():  # those of a run that failed are left to torchrun
         dist.destroy_process_group()
 
