@@ -32,25 +32,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The forward pass's dtype: what is named, or for `auto` what the device computes in by itself.
-
-    That is bf16 or, on a GPU that lacks it, fp16, and fp32 elsewhere.
-    """
-    if name == "auto":
-        name = "bf16" if has_native_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    """The forward pass's dtype: what is named, or for `auto` bf16 where the device computes in it by itself,
+    else fp16 on CUDA and fp32 elsewhere."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        tells = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")  # older versions do not
+        found = torch.cpu.get_capabilities() if tells else {}
+        name = "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "fp32"
     if name == "fp16" and device.type != "cuda":  # fused AdamW on mps does not heed the gradient scaler
         raise UserError(f"--precision fp16 needs CUDA: use fp32 or bf16 with --device {device.type}")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 without emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -224,8 +224,9 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     # A file behind --init counts by what is in it, so its hash is a setting.
     args.init_sha256 = hashlib.sha256(init.read_bytes()).hexdigest() if init.is_file() else None
     if not rank():
-        for name in (out.name, last.name):  # of a run that was killed
-            cli.remove_leftovers(out.parent, f".tmp-{escape(name)}-????????", age=0)
+        for suffix in (".pt", ".last.pt", ".csv", ".png"):  # of a run that was killed
+            name = escape(cli.beside(out, suffix).name)
+            cli.remove_leftovers(out.parent, f".tmp-{name}-????????", age=0)
     if args.overwrite:
         return None
     if not last.exists():
