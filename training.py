@@ -232,6 +232,8 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     if not last.exists():
         if out.exists():
             raise UserError(f"{out} is there already, without {last.name}: --overwrite replaces it")
+        if args.resume:
+            print(f"no {last}: starting from the beginning")
         return None
     state = load_checkpoint(last, f"{kind}.last")
     difference = describe_difference(state["config"], cli.settings_of(args))
@@ -303,12 +305,12 @@ def begin_training(
     loader = train_loader(dataset, args.batch_size, args.seed, args.workers, device)
     optimizer = torch.optim.AdamW(groups, fused=True)
     scheduler = warmup_cosine(optimizer, args.epochs * len(loader))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     decay = vars(args).get("ema")  # pretrain.py has none
-    ema = average_weights(model, decay, scheduler) if decay else None
     run = Training(
-        args, kind, model, network, loader, device, dtype, optimizer, scheduler, scaler, ema, dataset.hashes,
-        provenance,
+        args, kind, model, network, loader, device, dtype, optimizer, scheduler,
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=average_weights(model, decay, scheduler) if decay else None,
+        hashes=dataset.hashes, provenance=provenance,
     )  # fmt: skip
     last = cli.beside(args.out, ".last.pt")
     if state is None:
