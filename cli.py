@@ -152,15 +152,16 @@ def read_config(path: str, parser: Parser) -> list[str]:
             raise UserError(f"unknown key {key!r}; see {parser.prog} -h for the flags")
         if value is None:
             raise UserError(f"{key} has no value: give one, or leave the line out")
-        is_switch = known[flag].nargs == 0
         if isinstance(value, list):
             arguments += [flag, *map(str, value)]
-        elif is_switch and value is True:
+        elif known[flag].nargs != 0:
+            arguments.append(f"{flag}={value}")
+        elif value is True:  # of a switch
             arguments.append(flag)
-        elif is_switch and value is False:
+        elif value is False:
             arguments += [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in known else []
         else:
-            arguments.append(f"{flag}={value}")
+            raise UserError(f"{key} must be true or false, not {value!r}")
     return arguments
 
 
