@@ -307,6 +307,7 @@ def atomic_path(path: str | Path, sync: bool = False):
         prefix = f".tmp-{target.name[:50]}-"  # a long name must not become too long
         with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
             temporary = Path(folder, target.name)
+            temporary.touch()
             yield temporary
             if sync:
                 with open(temporary, "rb+") as file:
