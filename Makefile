@@ -1,6 +1,7 @@
 # make run                            the five stages on drawn faces, at CPU size, in runs/synthetic
 # make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
-# make best DATA=path/UTKFace.tar.gz  the best recipe at a size for two CPU cores, in runs/best; hours
+# make best DATA=path/UTKFace.tar.gz  the best recipe at a size for two CPU cores, in runs/best-cpu; hours
+#                                     SIZE=gpu: at the size of configs/gpu.yaml, in runs/best-gpu
 #                                     FLAGS='--seed 1' goes to both trainings
 # make table DATA=path/UTKFace.tar.gz every row of the results table, in runs/utkface; wants a GPU
 # make test                           the test suite
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+SIZE ?= cpu
 RUN_DIR := runs/$(if $(DATA),utkface,synthetic)
 # Every folder of a run is two below this one, and no path but DATA is absolute: either may hold spaces.
 SCRIPT = cd $(RUN_DIR) && ../../$(BIN)/python ../..
@@ -30,8 +32,8 @@ run: data
 	$(SCRIPT)/evaluate.py $(CONFIG)
 	@echo "Look at $(RUN_DIR): dataset/processed/preview.png, contrastive.png, model.png, results/*.png"
 
-best: CONFIG := --config configs/cpu.yaml
-best: RUN_DIR := runs/best$(if $(DATA),,-synthetic)
+best: CONFIG := --config configs/$(SIZE).yaml
+best: RUN_DIR := runs/best-$(SIZE)$(if $(DATA),,-synthetic)
 best: data
 	$(SCRIPT)/pretrain.py $(CONFIG) --resume $(FLAGS)
 	$(SCRIPT)/finetune.py $(CONFIG) --multitask --lr-strategy differentiated --init contrastive.pt --resume $(FLAGS)

@@ -43,7 +43,7 @@ def training_parser(script: str, description: str, **defaults) -> cli.Parser:
     add("--init", help="where the backbone starts: random, imagenet, or a checkpoint file")
     add("--epochs", metavar="N", type=whole, help="passes over the faces")
     add("--batch-size", metavar="N", type=cli.number(int, low=2), help="faces a step, of all processes")
-    add("--lr", type=rate, default=1e-3, help="peak learning rate of AdamW")
+    add("--lr", type=rate, default=2e-3, help="peak learning rate of AdamW")
     add("--weight-decay", metavar="W", type=cli.number(float, low=0), default=0.05, help="of AdamW")
     add("--image-size", metavar="PX", type=cli.image_side, default=128, help="side, a multiple of 32")
     add("--final", action="store_true", help="learn from train and val, and keep the last epoch")
