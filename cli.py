@@ -331,8 +331,11 @@ def check_writable(flag: str, folder: str | Path):
     nearest = Path(folder).absolute()
     while not nearest.exists():
         nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: {nearest} is no folder that can be written: name another place")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()  # asking for permissions would not do: root has them all
+    except OSError as error:
+        why = f"is no folder that can be written ({error.strerror})"
+        raise UserError(f"{flag}: {nearest} {why}: name another place") from None
 
 
 def check_output(flag: str, path: str | Path):

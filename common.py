@@ -10,6 +10,7 @@ import random
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import looks for updates, on the network
 
@@ -196,6 +197,14 @@ class MaskDecoder(nn.Module):
         return F.interpolate(self.predict(x), scale_factor=2.0, mode="bilinear")  # B×1×H×W
 
 
+class Heads(NamedTuple):
+    """What the heads say of B images; None for a head that is not there."""
+
+    age_logits: Tensor  # B×YEARS from a model `by_year`, else B×6
+    mask_logits: Tensor | None  # B×1×H×W
+    attribute_logits: dict[str, Tensor] | None  # B×2 of gender, B×5 of race
+
+
 class MultitaskResNet18(nn.Module):
     """ResNet18 (torchvision) with a head for age groups and, if `multitask`, a decoder for the face mask.
 
@@ -212,12 +221,11 @@ class MultitaskResNet18(nn.Module):
         self.attributes = nn.Linear(512, sum(ATTRIBUTES.values())) if attributes else None
         self.by_year, self.flip_averaging = by_year, flip_averaging
 
-    def forward(self, images: Tensor, heads: bool = False) -> tuple:
+    def forward(self, images: Tensor, heads: bool = False) -> tuple[Tensor, Tensor | None] | Heads:
         """Normalised images (B, 3, H, W) → group logits (B, 6), mask logits (B, 1, H, W) or None.
 
-        heads: returns what each head says instead: age logits, (B, YEARS) if `by_year`, else (B, 6); mask
-        logits as above; {"gender": logits (B, 2), "race": logits (B, 5)}, or None without `attributes`.
-        Raises ValueError if there is a decoder and H or W is no multiple of 32.
+        heads: returns what each head says instead, as training needs it. Raises ValueError if there is a
+        decoder and H or W is no multiple of 32.
         """
         if self.decoder is not None and (images.shape[-2] % 32 or images.shape[-1] % 32):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(images.shape[-2:])}")
@@ -236,7 +244,7 @@ class MultitaskResNet18(nn.Module):
         if self.attributes is not None:
             parts = self.attributes(features).split(list(ATTRIBUTES.values()), dim=1)  # B×2, B×5
             attribute_logits = dict(zip(ATTRIBUTES, parts))
-        return age_logits, mask_logits, attribute_logits
+        return Heads(age_logits, mask_logits, attribute_logits)
 
 
 def make_model(settings: dict, training: bool = False) -> MultitaskResNet18:

@@ -34,7 +34,6 @@ import devices
 import finetune
 import masks
 import predict
-import synthesize
 import training
 from utkface import parse_name
 
@@ -160,7 +159,7 @@ def run_stage(script, *flags, cwd):
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise cli.UserError(f"--only growth: {script}.py failed")
+        raise cli.UserError(f"{script}.py failed: what it said is above")
     return perf_counter() - start, usage.ru_maxrss / 1024
 
 
@@ -196,7 +195,7 @@ def main(args):
         if args.data:
             link_faces(Path(args.data), raw, args.faces)
         else:
-            call(synthesize, "--output", raw, "--count", args.faces, "--workers", args.workers)
+            run_stage("tools/synthesize", "--output", raw, "--count", str(args.faces), cwd=scratch)
         call(masks, "--input", raw, "--output", pairs, "--workers", args.workers)
         print(ROW.format("part", "what", "figure", "beside"), ROW.format(*["---"] * 4), sep="\n")
         for part in dict.fromkeys(args.only):
