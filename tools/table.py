@@ -249,7 +249,7 @@ def main(args):
     for path in cli.progress(models, "models", unit="model"):
         try:
             unfinished = path.name.endswith(".last.pt")
-            if unfinished or load_checkpoint(path, ("model", "contrastive"))["kind"] != "model":
+            if unfinished or load_checkpoint(path, "model", "contrastive")["kind"] != "model":
                 skipped.append(path.name)
                 continue
             scored = score_model(path, folder, device, torch.float32, args.workers, read=read)
