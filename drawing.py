@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import atomic_path
+from cli import UserError, atomic_path
 from faces import place_mask, region
 from utkface import GROUP_NAMES
 
@@ -96,9 +96,14 @@ def write_picture(path, picture):
 
 @contextmanager
 def open_video(path, rate, size):
-    """Yields a function that appends a PIL picture of that size to a video, shown at `rate` a second."""
+    """Yields a function that appends PIL pictures of one size to a video, shown at `rate` a second.
+
+    Raises UserError if OpenCV lacks what writes it.
+    """
     with atomic_path(path) as temporary:
         video = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        if not video.isOpened():  # else nothing would be written, and nothing said
+            raise UserError(f"{path}: this OpenCV writes no mp4: install opencv-python-headless")
         yield lambda picture: video.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
         video.release()
 

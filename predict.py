@@ -335,7 +335,9 @@ def others_go_on(failed):
     try:
         yield
     except (UserError, ValueError, OSError) as error:
-        failed.append(as_text(error))
+        reason = as_text(error)
+        if reason not in failed:  # a video that cannot be written fails at every frame
+            failed.append(reason)
 
 
 def write_masks(picture, folder, top, failed):

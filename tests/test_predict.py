@@ -388,7 +388,7 @@ def test_small_faces_are_said_to_be(model, detector, tmp_path, cli, monkeypatch)
         assert code == 2 and "no face found" in err
 
 
-def test_videos(model, detector, tmp_path, cli):
+def test_videos(model, detector, tmp_path, cli, monkeypatch):
     """Every N-th frame is looked at; the overlay is a video of those, as fast as the first."""
     still = cv2.cvtColor(photograph(PLACES)[0], cv2.COLOR_RGB2BGR)
     empty = np.full_like(still, 90)
@@ -414,6 +414,11 @@ def test_videos(model, detector, tmp_path, cli):
     (tmp_path / "full/clip.avi.mp4").mkdir(parents=True)  # in the way of the video
     code, out, err = cli("predict", "clip.avi", *flags, "--overlay", "full", cwd=tmp_path)
     assert code == 1 and err.count("failed: full/clip.avi.mp4 cannot be written") == 1 and "6 faces" in out
+    with monkeypatch.context() as patch:
+        closed = cv2.VideoWriter()  # as where OpenCV lacks the codec
+        patch.setattr(cv2, "VideoWriter", lambda *_: closed)
+        code, out, err = cli("predict", "clip.avi", *flags, "--overlay", "none", cwd=tmp_path)
+    assert code == 1 and err.count("writes no mp4") == 1 and not (tmp_path / "none/clip.avi.mp4").exists()
     whole = (tmp_path / "clip.avi").read_bytes()
     (tmp_path / "cut.avi").write_bytes(whole[: len(whole) * 6 // 10])
     (tmp_path / "none.mp4").write_bytes(whole[:100])
