@@ -6,6 +6,7 @@ Nothing here loads torch, so `split.py -h` answers at once.
 import argparse
 import csv
 import errno
+import io
 import math
 import os
 import shutil
@@ -345,6 +346,16 @@ def check_output(flag: str, path: str | Path):
         raise UserError(f"{flag} {path} is a folder: name a file in it")
     if not is_special(path):
         check_writable(flag, Path(os.path.realpath(path)).parent)
+
+
+def read_table(path: str | Path) -> csv.DictReader:
+    """The rows of a CSV as spreadsheets save it: by comma, semicolon or tab, behind a byte order mark.
+
+    Raises OSError, ValueError or csv.Error for what is no CSV in UTF-8.
+    """
+    text = Path(path).read_text(encoding="utf-8-sig")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
 
 
 def write_csv(path: str | Path, rows: list[dict], columns: list[str] | None = None):

@@ -83,9 +83,7 @@ def read_split_table(data, files):
     path, rows = data / "split.csv", {}
     if path.is_file():
         with suppress(OSError, ValueError, KeyError, csv.Error):
-            text = path.read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark, and semicolons
-            delimiter = max(",;\t", key=text.partition("\n")[0].count)
-            table = csv.DictReader(text.splitlines(), delimiter=delimiter)
+            table = cli.read_table(path)
             rows = {row["file"]: (row["duplicate_of"] or row["file"], row["split"]) for row in table}
         if not rows.keys() & set(files):
             raise UserError(f"{path} is no table of these faces: run split.py again, or remove it")

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import os
 import posixpath
 import re
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
+import cli
 from cli import UserError
 from utkface import AGE_GROUPS, walk_files
 
@@ -147,9 +147,7 @@ def read_labels(path: str) -> list[tuple[str, tuple | str]]:
     be read or lacks a column.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark
-        delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+        table = cli.read_table(path)
         header = [name.strip().lower() for name in table.fieldnames or ()]
         for column, spellings in SPELLINGS.items():
             name = next((name for name in spellings if name in header), None)

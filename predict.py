@@ -473,7 +473,7 @@ def main(args):
     pictures = sum(row.get("face") == 0 for row in rows)
     named = f"; written: {', '.join(written)}" if written else ""
     print(*lines, f"{len(lines)} faces in {pictures} pictures, {len(skipped)} skipped{named}", sep="\n")
-    for reason in dict.fromkeys(failed):  # each once, not once a frame
+    for reason in failed:
         print(f"failed: {reason}", file=sys.stderr)
     if failed:
         sys.exit(1)
