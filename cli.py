@@ -9,6 +9,7 @@ import errno
 import io
 import math
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -294,9 +295,9 @@ def is_special(path: Path) -> bool:
 def atomic_path(path: str | Path, sync: bool = False):
     """Yields a temporary path that takes `path`'s place on success and vanishes on failure.
 
-    It has the same name, in a folder of its own beside. `sync` has it on the disk before the old file goes,
-    for what took long. A link is followed, and what is no regular file (a pipe, /dev/stdout) is yielded
-    itself. Raises UserError if the disk is full or the folder cannot be written.
+    It lies beside, and ends as `path` does. `sync` has it on the disk before the old file goes, for what took
+    long. A link is followed, and what is no regular file (a pipe, /dev/stdout) is yielded itself. Raises
+    UserError if the disk is full or the folder cannot be written.
     """
     path = Path(path)
     try:
@@ -305,15 +306,17 @@ def atomic_path(path: str | Path, sync: bool = False):
             return
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".tmp-{target.name[:50]}-"  # a long name must not become too long
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
-            temporary = Path(folder, target.name)
-            temporary.touch()
+        name = os.fsencode(target.name)[-200:].decode(errors="ignore")  # a long one must not become too long
+        temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{name}")
+        temporary.touch()
+        try:
             yield temporary
             if sync:
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
             os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path} cannot be written ({reason}): make room, or name another place") from None

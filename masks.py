@@ -226,7 +226,7 @@ def list_jobs(args, files: list, skipped: list) -> list[tuple[str, str, Callable
 def remove_other_labels(output: Path, stems: list[str], overwrite: bool):
     """Removes the pairs of pictures that an older table gave another label; UserError without `overwrite`."""
     by_picture = {stem.split("_", 3)[3]: stem for stem in stems}
-    for path in output.glob("*_image.png"):
+    for path in output.glob("[!.]*_image.png"):
         stem = path.name.removesuffix("_image.png")
         if by_picture.get(stem.split("_", 3)[-1], stem) != stem:
             if not overwrite:

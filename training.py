@@ -226,7 +226,7 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     if not rank():
         for suffix in (".pt", ".last.pt", ".csv", ".png"):  # of a run that was killed
             name = escape(cli.beside(out, suffix).name)
-            cli.remove_leftovers(out.parent, f".tmp-{name}-????????", age=0)
+            cli.remove_leftovers(out.parent, f".tmp-????????-{name}", age=0)
     if args.overwrite:
         return None
     if not last.exists():

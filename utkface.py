@@ -82,7 +82,7 @@ def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: run the stage that writes it, or name another")
     names = set(os.listdir(folder))
-    images = sorted(name for name in names if name.endswith("_image.png"))
+    images = sorted(name for name in names if name.endswith("_image.png") and not name.startswith("."))
     if not images:
         raise UserError(f"{folder} holds no *_image.png: run masks.py and split.py, with more faces")
     faces = [parse_stem(name.removesuffix("_image.png")) for name in images]

@@ -180,7 +180,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        assert temporary.suffix == ".txt" and temporary.parents[1] == tmp_path
+        assert temporary.suffix == ".txt" and temporary.parent == tmp_path
         temporary.write_text("new")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]

@@ -339,6 +339,8 @@ def test_a_corrected_table_replaces_a_pair_only_when_told(faces, tmp_path, cli, 
     flags = ["--input", tmp_path / "in", "--labels", tmp_path / "t.csv", "--output", tmp_path / "out"]
     for i in range(2):
         save(tmp_path / f"in/{i}.png", faces[i][0])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.tmp-0a1b2c3d-7_x_x_1.png_image.png").touch()  # of a run that was killed
     for ages in ((30, 40), (31, 40)):
         write_table(tmp_path / "t.csv", [["file", "age"], *([f"{i}.png", age] for i, age in enumerate(ages))])
         if ages[0] == 31:

@@ -114,6 +114,7 @@ def test_malformed_names(name):
 
 def test_pairs_are_listed_in_order_and_checked(tmp_path):
     stems = noise_pairs(tmp_path, [30, 4, 80])
+    (tmp_path / ".tmp-0a1b2c3d-26_1_0_1_image.png").touch()  # of a run that was killed
     assert list_pairs(tmp_path) == [parse_name(f"{stem}.png") for stem in sorted(stems)]
     (tmp_path / f"{stems[0]}_mask.png").unlink()
     assert len(list_pairs(tmp_path, need_masks=False)) == 3
