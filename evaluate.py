@@ -115,14 +115,14 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     one_group = dataset.groups >= 0
     seen = np.isin(clusters, clusters[learned | selected_on]) | near_train | near_val
     kept = one_group & ~seen if unseen else one_group
-    across = int((~one_group).sum())
+    across, known = int((~one_group).sum()), int((one_group & ~kept).sum())
     if not kept.any():
-        lost = f"the range of ages of {across} crosses groups, and --unseen leaves out the others"
+        lost = f"--unseen leaves out {known}, and the ages of {across} are ranges that cross groups"
         raise UserError(f"0 of {len(kept)} faces of {folder} remain for {path}: {lost}")
     summary = {
         "n": int(kept.sum()),
         "left_out_across_groups": across,
-        "left_out_by_unseen": int((one_group & ~kept).sum()),
+        "left_out_by_unseen": known,
         "seen_in_training": int(learned[kept].sum()),
         "chose_the_epoch": int(selected_on[kept].sum()),
         "classes_never_learned": checkpoint.get("missing_groups", []),
