@@ -473,7 +473,7 @@ def test_own_faces_with_unknown_labels_and_ranges_of_years(tmp_path, cli, no_fig
     for stem in stems[:2] + stems[3:]:
         (tmp_path / f"d/test/{stem}_image.png").unlink()
     code, _, err = cli("evaluate", tmp_path / "m.pt", *flags)
-    assert code == 2 and "0 of 1 faces" in err and "crosses groups" in err
+    assert code == 2 and "0 of 1 faces" in err and "of 1 are ranges that cross groups" in err
 
 
 def test_errors_in_years_of_ranges_and_of_decimals():
