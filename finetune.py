@@ -23,6 +23,14 @@ from devices import rank
 from utkface import GROUP_NAMES, age_to_group, list_pairs, split_settings
 
 
+def missing_groups(faces):
+    """Names of the age groups that no face lies in; one whose age is a range lies in all that it touches."""
+    ends = [(face.age - face.spread, face.age + face.spread) for face in faces]
+    first, last = age_to_group(ends).T  # N each
+    there = [((first <= group) & (group <= last)).any() for group in range(len(GROUP_NAMES))]
+    return [name for name, found in zip(GROUP_NAMES, there) if not found]
+
+
 def multitask_losses(model, batch, args):
     """Total, age and mask loss of a batch: (3,). Without a decoder the mask loss is 0.
 
@@ -95,9 +103,7 @@ def main(args):
     folders = [train, val] if args.final else [train]
     faces = [face for folder in folders for face in list_pairs(folder, need_masks=args.multitask)]
     training.check_batch_size(args.batch_size, len(faces))
-    ends = [age for face in faces for age in (face.age - face.spread, face.age + face.spread)]
-    there = set(age_to_group(ends).tolist())
-    about["missing_groups"] = [name for group, name in enumerate(GROUP_NAMES) if group not in there]
+    about["missing_groups"] = missing_groups(faces)
     if about["missing_groups"]:
         lack = f"{train} holds no face of {', '.join(about['missing_groups'])}"
         if not args.age_sigma:
