@@ -71,7 +71,7 @@ def test_ends_near_zero_get_a_second_decimal():
     assert format_difference(0.0131, [-0.0012, 0.038]) == "+1.3 [-0.1, +3.8]"
     assert format_difference(0.0031, [0.0003, 0.0062]) == "+0.31 [+0.03, +0.62]"
     assert format_difference(-0.0031, [-0.0062, -0.0004]) == "-0.31 [-0.62, -0.04]"
-    assert format_difference(0.0, [0.0, 0.0]) == "+0.0 [+0.0, +0.0]"
+    assert format_difference(-0.0001, [-0.006, 0.0]) == "+0.0 [-0.6, +0.0]"
     assert format_difference(np.nan, [0, 0]) == "–"
 
 
@@ -146,6 +146,12 @@ def test_table_and_differences_of_known_models(capsys, tmp_path):
     assert one["accuracy (micro)"] == f"+5.0 [{5 - half:+.1f}, {5 + half:+.1f}]"
     assert (other["Difference"], other["Where"]) == ("lr 0.1 − lr off", "uniform, classification, random")
     assert other["accuracy (micro)"] == "–" and other["Holds for"] == "these trained models only"
+    settings = {"lr": 1, "epochs": 1}, {"lr": 2, "epochs": 1}, {"lr": 2, "epochs": 2}
+    (tmp_path / "t.md").write_text(make_table([model("uniform", 0, 0.7, **s) for s in settings], "d"))
+    rows = read_table(tmp_path / "t.md", "Difference")
+    what = ["lr 2 − lr 1", "epochs 2, lr 2 − epochs 1, lr 1", "epochs 2 − epochs 1"]
+    assert [row["Difference"] for row in rows] == what
+    assert rows[0]["Where"] == "uniform, classification, random, epochs 1"
     alone = make_table([model("uniform", 0, 0.7), model("uniform", 0, 0.8)], "d")
     assert "two of them alike: uniform0.pt, uniform0.pt" in capsys.readouterr().err
     assert "Differences" not in alone

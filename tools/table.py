@@ -179,8 +179,14 @@ def format_difference(difference, ends):
     if np.isnan(difference):
         return "–"
     digits = 2 if any(0 < abs(end) < 0.0005 for end in ends) else 1
-    difference, low, high = (f"{100 * value:+.{digits}f}" for value in (difference, *ends))
+    rounded = [round(100 * value, digits) + 0.0 for value in (difference, *ends)]  # -0.0 becomes 0.0
+    difference, low, high = (f"{value:+.{digits}f}" for value in rounded)
     return f"{difference} [{low}, {high}]"
+
+
+def without(settings, others):
+    """Those of `settings` that are not among `others`, as one text."""
+    return ", ".join(setting for setting in settings if setting not in others)
 
 
 def markdown(rows):
@@ -204,8 +210,11 @@ def make_table(many, folder):
         differ = [key for key in first if first[key] != second[key]]
         if len(differ) > 1 and len(configurations) > 2:
             continue
-        what = " − ".join(", ".join(side[key] for key in differ) for side in (second, first))
-        row = {"Difference": what, "Where": ", ".join(first[key] for key in first if key not in differ)}
+        told, others_told = (", ".join(side.values()).split(", ") for side in (first, second))
+        row = {
+            "Difference": f"{without(others_told, told)} − {without(told, others_told)}",
+            "Where": ", ".join(setting for setting in told if setting in others_told),
+        }
         for name in COMPARED:
             sides = ([(s.summary[name]["value"], s.draws[name]) for s in side] for side in (others, runs))
             difference, ends, general = compare(*sides)
