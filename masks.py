@@ -194,8 +194,8 @@ PNG_FLAGS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE
 MAX_BYTES = 64 * 2**20  # of one file: an archive may say less than it unpacks to
 MALFORMED = "malformed name"
 NOTES = {  # what is said of pictures that are used
-    "crop": "may be no face crops like UTKFace's: give --detect for whole photographs",
-    "square": "are not square: training, evaluation and prediction look at their central square",
+    "crop": "may be no face crops like UTKFace's (give --detect for whole photographs)",
+    "square": "are not square (training, evaluation and prediction look at the central square)",
     "pages": "have several pages, of which the first is used",
 }
 
@@ -360,7 +360,7 @@ def main(args):
     for note, text in NOTES.items():
         names = [name for name, notes, _ in results if note in notes]
         if names:
-            print(f"warning: {len(names):,} pictures {text} (such as {min(names)})", file=sys.stderr)
+            print(f"warning: pictures that {text}: {len(names):,}, such as {min(names)}", file=sys.stderr)
     print(
         f"{output}: {total:,} files: {written:,} pairs written, {there:,} already there, {skips}; "
         "see skipped.csv and preview.png"

@@ -93,4 +93,4 @@ def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, mo
     with pytest.raises(UserError, match=r"split\.py"):
         run("split", "--input", "nowhere", cwd=tmp_path)
     took, memory = run("split", "-h", cwd=tmp_path)
-    assert 0 < took < 600 and 20 < memory < 2000
+    assert 0 < took < 600 and 20 < memory < 300  # less than this process has: the stage's own

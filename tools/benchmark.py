@@ -10,7 +10,6 @@ and predict.py beside the released model's bare forward pass), masks (beside a b
 """
 
 import io
-import os
 import random
 import subprocess
 import sys
@@ -40,6 +39,13 @@ from utkface import parse_name
 RELEASED = cli.ROOT / "weights/age_multitask.pt"
 ROW = "| {:8} | {:27} | {:>18} | {:32} |"
 PARTS = ["training", "loader", "evaluate", "masks", "growth"]
+# Runs a command and prints the KiB that it took. A process's memory counts that of the one that started it
+# until it is a program of its own: so a small one starts it.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)"""
 
 
 def measure(part, works, faces, args):
@@ -156,11 +162,11 @@ def measure_growth(raw, pairs, args, device):
 def run_stage(script, *flags, cwd):
     """Runs a script as a user does: seconds, and MiB of memory at most, its workers' own left out."""
     start, command = perf_counter(), [sys.executable, cli.ROOT / f"{script}.py", *flags]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    starter = [sys.executable, "-c", MEASURED, *command]
+    done = subprocess.run(starter, cwd=cwd, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
         raise cli.UserError(f"{script}.py failed: what it said is above")
-    return perf_counter() - start, usage.ru_maxrss / 1024
+    return perf_counter() - start, int(done.stdout) / 1024
 
 
 def link_faces(source, folder, count):
