@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import devices
-from cli import UserError
+from cli import UserError, atomic_path
 from common import FaceDataset, load_checkpoint
 from conftest import FAST, ROOT, noise_pairs
 from training import (
@@ -244,8 +245,13 @@ def test_what_may_be_continued(drawn, tmp_path, cli, refuse, epochs):
 def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse, epochs):
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1]
     out = tmp_path / "lr0.01.pt"
+    for name in ("lr0.01.last.pt", "lr0.01.csv", "lr0.1.pt"):
+        with suppress(KeyError), atomic_path(tmp_path / name) as temporary:
+            raise KeyError
+        temporary.touch()  # as a kill leaves it
     assert cli("finetune", *flags, "--out", out)[0] == 0
-    names = ["lr0.01.csv", "lr0.01.last.pt", "lr0.01.png", "lr0.01.pt"]
+    names = [temporary.name]  # the last is another run's, which may be alive
+    names += ["lr0.01.csv", "lr0.01.last.pt", "lr0.01.png", "lr0.01.pt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     before = out.read_bytes()
     assert cli("finetune", *flags, "--out", out)[0] == 0 and out.read_bytes() == before
