@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -50,17 +50,24 @@ def open_files(source: Path, output: Path) -> Iterator[tuple[list, list]]:
     Call the readers in their order. They raise ValueError for a file that cannot be read though others can.
     Raises UserError if the source is missing, or damaged as a whole.
     """
+    with ExitStack() as stack:
+        with refuse_damage(source):
+            if source.is_dir():
+                found = list_folder(source, output)
+            elif not source.is_file():
+                raise UserError(f"--input {source} does not exist: name a folder, .tar.gz or .zip of faces")
+            elif zipfile.is_zipfile(source):
+                found = list_zip(stack.enter_context(zipfile.ZipFile(source))), []
+            else:
+                found = list_tar(stack.enter_context(tarfile.open(source)), source)
+        yield found
+
+
+@contextmanager
+def refuse_damage(source: Path):
+    """Turns what a damaged folder or archive raises into a UserError."""
     try:
-        if source.is_dir():
-            yield list_folder(source, output)
-        elif not source.is_file():
-            raise UserError(f"--input {source} does not exist: name a folder, .tar.gz or .zip of faces")
-        elif zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                yield list_zip(archive), []
-        else:
-            with tarfile.open(source) as archive:
-                yield list_tar(archive)
+        yield
     except (OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         reason = str(error).split(":")[0]  # tarfile goes on with a line for each format that it tried
         raise UserError(f"--input {source}: {reason}; give a folder, or a whole .tar.gz or .zip") from None
@@ -91,7 +98,7 @@ def list_zip(archive: zipfile.ZipFile) -> list:
     return files
 
 
-def list_tar(archive: tarfile.TarFile) -> tuple[list, list]:
+def list_tar(archive: tarfile.TarFile, source: Path) -> tuple[list, list]:
     members = archive.getmembers()
     by_name = {posixpath.normpath(member.name): member for member in members}
     targets, others = [], []
@@ -107,7 +114,7 @@ def list_tar(archive: tarfile.TarFile) -> tuple[list, list]:
             others.append((member.name, "neither a file nor a link to one in the archive"))
     # In the order of the files, each read once for all its links: going back unpacks a .gz again.
     targets.sort(key=lambda pair: pair[1].offset_data)
-    read = lru_cache(1)(lambda target: archive.extractfile(target).read())
+    read = lru_cache(1)(refuse_damage(source)(lambda target: archive.extractfile(target).read()))
     return [(name, target.size, partial(read, target)) for name, target in targets], others
 
 
@@ -177,17 +184,23 @@ def read_labels(path: str) -> list[tuple[str, tuple | str]]:
     return rows
 
 
+def encode_path(path: str) -> str:
+    """A picture's path as the names of its pair end in it."""
+    path = posixpath.normpath(path)  # `tar -C faces .` begins its names with ./
+    name = UNSAFE.sub(lambda letter: f"%{ord(letter[0]) & 0xFF:02X}", path)
+    if len(name.encode()) > 180:  # file systems take 255 bytes
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        name = f"{name.encode()[:160].decode(errors='ignore')}-{digest}"
+    return name
+
+
 def make_stem(first: float, last: float, gender: int, race: int, path: str) -> str:
     """The stem of an own face, as `utkface.parse_stem` reads it: a label below 0 is unknown."""
     years = f"{round(first, 2):g}"
     if first != last:
         years += f"-{round(last, 2):g}"
     labels = "_".join("x" if label < 0 else str(label) for label in (gender, race))
-    name = UNSAFE.sub(lambda letter: f"%{ord(letter[0]) & 0xFF:02X}", path)
-    if len(name.encode()) > 180:  # file systems take 255 bytes
-        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        name = f"{name.encode()[:160].decode(errors='ignore')}-{digest}"
-    return f"{years}_{labels}_{name}"
+    return f"{years}_{labels}_{encode_path(path)}"
 
 
 def match_labels(rows: list, names: list[str], source: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -199,11 +212,14 @@ def match_labels(rows: list, names: list[str], source: Path) -> tuple[dict[str, 
     files, labels, reasons, stems = defaultdict(list), {}, {}, {}
     for name in names:
         files[posixpath.basename(composed(name))].append(name)
-    files |= {composed(name): [name] for name in names}  # a path counts before others' bare names
+    files |= {
+        composed(posixpath.normpath(name)): [name] for name in names
+    }  # a path counts before others' bare names
     for file, label in rows:
         path = file.replace("\\", "/")
-        if posixpath.isabs(path):
-            path = os.path.relpath(path, os.path.abspath(source))
+        if posixpath.isabs(path):  # as it is spelled, or else by where it leads
+            ways = [os.path.relpath(to(path), to(source)) for to in (os.path.abspath, os.path.realpath)]
+            path = min(ways, key=lambda way: way.startswith("../"))
         path = composed(posixpath.normpath(path))
         found = files.get(path + CROP_ENDING) or files.get(path, [])
         if len(found) > 1:

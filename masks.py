@@ -194,7 +194,7 @@ PNG_FLAGS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE
 MAX_BYTES = 64 * 2**20  # of one file: an archive may say less than it unpacks to
 MALFORMED = "malformed name"
 NOTES = {  # what is said of pictures that are used
-    "crop": "may be no face crops like UTKFace's (give --detect for whole photographs)",
+    "crop": "may be no face crops like UTKFace's (give --detect --overwrite for whole photographs)",
     "square": "are not square (training, evaluation and prediction look at the central square)",
     "pages": "have several pages, of which the first is used",
 }
@@ -223,16 +223,25 @@ def list_jobs(args, files: list, skipped: list) -> list[tuple[str, str, Callable
     return jobs
 
 
-def remove_other_labels(output: Path, stems: list[str], overwrite: bool):
-    """Removes the pairs of pictures that an older table gave another label; UserError without `overwrite`."""
-    by_picture = {stem.split("_", 3)[3]: stem for stem in stems}
+def remove_other_labels(output: Path, names: list[str], jobs: list, overwrite: bool):
+    """Removes pairs of the pictures `names` that have another label now, or none.
+
+    UserError without `overwrite`.
+    """
+    stems = dict.fromkeys(map(inputs.encode_path, names))  # by picture
+    stems |= {inputs.encode_path(name): stem for name, stem, _ in jobs}
     for path in output.glob("[!.]*_image.png"):
         stem = path.name.removesuffix("_image.png")
-        if by_picture.get(stem.split("_", 3)[-1], stem) != stem:
+        if stems.get(stem.split("_", 3)[-1], stem) != stem:
             if not overwrite:
-                raise cli.UserError(f"{path} has another label in --labels: --overwrite replaces it")
-            path.unlink()
-            path.with_name(f"{stem}_mask.png").unlink(missing_ok=True)
+                why = "has another label in --labels, or none"
+                raise cli.UserError(f"{path} {why}: --overwrite replaces or removes it")
+            remove_pair(output, stem)
+
+
+def remove_pair(output: Path, stem: str):
+    for part in ("image", "mask"):  # in this order: there is never an image without its mask
+        (output / f"{stem}_{part}.png").unlink(missing_ok=True)
 
 
 def write_png(path: Path, pixels: np.ndarray):
@@ -334,9 +343,12 @@ def main(args):
         total = len(files) + len(skipped)
         jobs = list_jobs(args, files, skipped)
         if args.labels:
-            remove_other_labels(output, [stem for _, stem, _ in jobs], args.overwrite)
+            remove_other_labels(output, [name for name, *_ in files], jobs, args.overwrite)
         missing = [job for job in jobs if args.overwrite or not is_written(output, job[1])]
         results = write_pairs(missing, write, args.workers)
+    for (_, stem, _), (_, _, reason) in zip(missing, results):
+        if reason:
+            remove_pair(output, stem)  # that an earlier run has made of it
     skipped = sorted([*skipped, *((name, reason) for name, _, reason in results if reason)])
     written = sum(not reason for _, _, reason in results)
     there = len(jobs) - len(missing)
@@ -357,6 +369,9 @@ def main(args):
         )
     stems = sorted(stem for _, stem, _ in jobs if is_written(output, stem))
     write_png(output / "preview.png", contact_sheet(output, stems))
+    others = len(list(output.glob("[!.]*_image.png"))) - len(stems)
+    if others:
+        print(f"warning: {output} holds {others:,} pairs that are not of this --input", file=sys.stderr)
     for note, text in NOTES.items():
         names = [name for name, notes, _ in results if note in notes]
         if names:

@@ -3,6 +3,7 @@ import io
 import os
 import tarfile
 import zipfile
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -186,6 +187,28 @@ def test_linked_folders_are_read_and_the_output_is_not(raw, tmp_path, cli):
         code, out, _ = cli("masks", *flags)
         assert code == 0 and "13 files" in out and word in out
         assert skipped(tmp_path / "in/out") == {"gone.jpg": "not a file that can be read"}
+
+
+def test_an_archive_of_a_folder_itself_matches_its_table(raw, tmp_path, cli):
+    """`tar -C faces .` begins names with ./, which no row has."""
+    path = next(raw.iterdir())
+    with tarfile.open(tmp_path / "a.tar", "w") as packed:
+        for name in ("./a.jpg", "./sub/b.jpg"):
+            add(packed, name, path.read_bytes())
+    (tmp_path / "t.csv").write_text("file,age\na.jpg,30\nsub/b.jpg,40\n")
+    flags = ["--labels", tmp_path / "t.csv", "--output", tmp_path / "out"]
+    assert cli("masks", "--input", tmp_path / "a.tar", *flags)[0] == 0 and skipped(tmp_path / "out") == {}
+    stems = {name.removesuffix("_image.png") for name in pairs(tmp_path / "out") if "_image" in name}
+    assert stems == {"30_x_x_a.jpg", "40_x_x_sub%2Fb.jpg"}  # as those of the folder
+
+
+def test_no_fault_of_the_machine_is_blamed_on_the_archive(raw, tmp_path, cli, monkeypatch):
+    flags = ["masks", "--input", tarred(tmp_path / "a.tar.gz", raw), "--output", tmp_path / "out"]
+    errors = {"--workers 0": RuntimeError("can't start new thread"), "denied": PermissionError(13, "denied")}
+    for word, error in errors.items():
+        monkeypatch.setattr("masks.write_pairs", Mock(side_effect=error))
+        code, _, err = cli(*flags)
+        assert code == 2 and word in err and "give a folder" not in err
 
 
 def test_what_cannot_be_used_at_all_is_an_error(raw, tmp_path, refuse, monkeypatch):

@@ -1,6 +1,7 @@
 """Own faces: each layout of docs/own_data.md by its own commands, and tables as people write them."""
 
 import csv
+import os
 import re
 import subprocess
 from collections import Counter
@@ -214,6 +215,10 @@ def test_photographs(faces, tmp_path, cli, refuse, detector, monkeypatch):
     _, _, err = cli("masks", *flags, "--output", "whole")
     [count] = re.findall(r"warning: pictures that may be no face crops .*--detect.*: (\d+), such as", err)
     assert int(count) >= 24  # of 30
+    assert cli("masks", *flags, "--output", "whole", "--detect", "--overwrite")[0] == 0
+    used = {f"{i}.png" for i in range(30) if i % 4 not in (2, 3)}  # what is left out leaves nothing behind
+    assert set(found(tmp_path / "whole")) == used
+    assert len(list((tmp_path / "whole").glob("*_mask.png"))) == len(used)
     refuse("masks", *flags, "--detector", "yunet.onnx", words=["--detector", "--detect"])
 
 
@@ -270,7 +275,10 @@ def test_a_row_finds_its_file_by_path_or_bare_name(tmp_path):
         (str(tmp_path / "4.jpg"), label), ("4.jpg", label), ("../secret/5.jpg", label), ("/etc/5.jpg", label),
         ("x/5.jpg", label), ("b/1.jpg", label), ("b/1.jpg", other), ("b/1.jpg", label), ("6.jpg", "no age"),
     ]  # fmt: skip
-    stems, reasons = match_labels(rows, names, tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)  # a row that leads there by another way
+    rows.append((os.path.realpath(tmp_path / "7.jpg"), label))
+    assert match_labels(rows, [*names, "7.jpg"], tmp_path / "link")[0].keys() >= {"7.jpg"}
+    stems, reasons = match_labels(rows[:-1], names, tmp_path)
     assert set(stems) == {"a/1.jpg", "b/2.jpg", "c/e\u0301.jpg", "4.jpg"}
     assert reasons == {
         "1.jpg": "2 files have this name: give their folders", "../secret/5.jpg": "leads out of --input",
@@ -341,11 +349,21 @@ def test_a_corrected_table_replaces_a_pair_only_when_told(faces, tmp_path, cli, 
         save(tmp_path / f"in/{i}.png", faces[i][0])
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.tmp-0a1b2c3d-7_x_x_1.png_image.png").touch()  # of a run that was killed
-    for ages in ((30, 40), (31, 40)):
+    tables = {"": (30, 40), "30_x_x_0": (31, 40), "31_x_x_0": ("", 40), "40_x_x_1": (32,)}
+    for old, ages in tables.items():
         write_table(tmp_path / "t.csv", [["file", "age"], *([f"{i}.png", age] for i, age in enumerate(ages))])
-        if ages[0] == 31:
-            refuse("masks", *flags, words=["30_x_x_0.png_image.png", "another label", "--overwrite"])
-            flags.append("--overwrite")
-        assert cli("masks", *flags)[0] == 0
-        assert sorted(face[0] for face in found(tmp_path / "out").values()) == list(ages)
-    assert len(list((tmp_path / "out").glob("*_mask.png"))) == 2
+        if old:
+            refuse("masks", *flags, words=[f"{old}.png_image.png", "another label", "none", "--overwrite"])
+        assert cli("masks", *flags, *(["--overwrite"] if old else []))[0] == 0
+        assert sorted(face[0] for face in found(tmp_path / "out").values()) == [age for age in ages if age]
+    assert len(list((tmp_path / "out").glob("*_mask.png"))) == 1
+
+
+def test_pairs_of_another_input_are_counted(faces, tmp_path, cli):
+    for i in range(3):
+        save(tmp_path / f"{i % 2}/{i}.png", faces[i][0])
+        write_table(tmp_path / f"{i}.csv", [["file", "age"], [f"{i}.png", 30]])
+    flags = ["masks", "--output", tmp_path / "out"]
+    assert cli(*flags, "--input", tmp_path / "0", "--labels", tmp_path / "2.csv")[2] == ""
+    code, _, err = cli(*flags, "--input", tmp_path / "1", "--labels", tmp_path / "1.csv")
+    assert code == 0 and err == f"warning: {tmp_path / 'out'} holds 1 pairs that are not of this --input\n"
