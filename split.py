@@ -238,7 +238,7 @@ def write_split(source, target, rows, conflicts, settings, overwrite):
             mask = row["file"].removesuffix("_image.png") + "_mask.png"
             for name in (row["file"], mask):
                 try:
-                    os.link(source / name, new / row["split"] / name)
+                    os.link(os.path.realpath(source / name), new / row["split"] / name)
                 except OSError:  # another file system, or one without hard links
                     shutil.copy2(source / name, new / row["split"] / name)
         cli.write_csv(new / "split.csv", rows, COLUMNS)
@@ -249,11 +249,15 @@ def write_split(source, target, rows, conflicts, settings, overwrite):
         if target.exists():
             if not overwrite and any(target.iterdir()):
                 raise cli.UserError(f"--output {target} holds another split: --overwrite replaces it")
+            foreign = {path.name for path in target.glob("[!.]*")} - {path.name for path in new.iterdir()}
+            if foreign:
+                raise cli.UserError(f"--output {target} holds {min(foreign)} beside a split: move it away")
             target.rename(building / "old")
         new.rename(target)
         return False
     except OSError as error:
-        raise cli.UserError(f"--output {target} cannot be written ({error.strerror}): make room") from None
+        why = f"cannot be written ({error.strerror})"
+        raise cli.UserError(f"--output {target} {why}: make room, or name another place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -278,7 +282,7 @@ def main(args):
     if abs(sum(args.fractions) - 1) > 1e-6:
         raise cli.UserError("--fractions do not sum to one: mend them, such as 0.7 0.1 0.2")
     source, target = Path(args.input), Path(os.path.realpath(args.output))  # what a link leads to is replaced
-    cli.check_writable("--output", args.output)
+    cli.check_writable("--output", target.parent)
     faces = list_pairs(source)
     others = target.is_dir() and any(target.iterdir()) and not (target / "split.csv").is_file()
     if target.is_file() or others:

@@ -391,6 +391,26 @@ def test_a_link_is_followed_and_other_folders_are_never_replaced(processed, tmp_
     (tmp_path / "precious/thesis.txt").write_text("mine")
     refuse("split", *flags, tmp_path / "precious", "--overwrite", words=["precious", "another folder"])
     assert (tmp_path / "precious/thesis.txt").read_text() == "mine"
+    (tmp_path / "big/model.pt").write_text("days of work")
+    (tmp_path / "big/.DS_Store").touch()
+    assert "already" in cli("split", *flags, tmp_path / "s")[1]
+    again = ["split", *flags, tmp_path / "s", "--seed", 1, "--overwrite"]
+    refuse(*again, words=["model.pt beside a split", "move"])
+    assert (tmp_path / "big/model.pt").read_text() == "days of work"
+
+
+def test_links_to_pairs_lead_to_the_same_pictures(tmp_path, cli):
+    noise_pairs(tmp_path / "all", [1, 2, 30, 40])
+    (tmp_path / "some").mkdir()
+    for path in (tmp_path / "all").iterdir():
+        (tmp_path / "some" / path.name).symlink_to(f"../all/{path.name}")
+    flags = ["--input", tmp_path / "some", "--output", tmp_path / "s", "--fractions", 1, 0, 0]
+    for said in ("written", "already"):
+        code, out, err = cli("split", *flags)
+        assert code == 0 and said in out, err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "s/train").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "all").iterdir()
+    }
 
 
 def test_bad_input(tmp_path, refuse):
