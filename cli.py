@@ -9,6 +9,7 @@ import errno
 import io
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -178,7 +179,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
 
 
 # Flags that change where and how a run happens, not what comes out.
-NOT_SETTINGS = ("config", "workers", "overwrite", "resume", "out", "device")
+NOT_SETTINGS = ("config", "data", "workers", "overwrite", "resume", "out", "device")
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -192,6 +193,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
+NO_WORKER = re.compile("DataLoader worker|can't start new thread")
 
 
 class Terminated(BaseException):
@@ -214,9 +216,9 @@ def run(main, parser: Parser, argv: list[str] | None = None):
         main(parse_args(parser, argv))
     except (UserError, OSError, RuntimeError) as error:
         message = str(error)
-        if getattr(error, "errno", None) in NO_ROOM or "DataLoader worker" in message:
+        if getattr(error, "errno", None) in NO_ROOM or NO_WORKER.search(message):
             message += ": make room (disk, memory, docker's --shm-size, ulimit -n), or give --workers 0"
-        elif not isinstance(error, UserError):
+        elif not isinstance(error, UserError) and not getattr(error, "errno", None):  # the system's refusals
             raise
         print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
@@ -325,7 +327,7 @@ def atomic_path(path: str | Path, sync: bool = False):
 def remove_leftovers(folder: Path, pattern: str = ".tmp-*", age: float = 3600):
     """Removes what killed runs left in `folder`; what is younger than `age` seconds may be a living run's."""
     for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # another run was quicker
+        with suppress(OSError):  # another run was quicker, or is somebody else's
             if time.time() - path.stat().st_mtime > age:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -333,7 +335,7 @@ def remove_leftovers(folder: Path, pattern: str = ".tmp-*", age: float = 3600):
 def check_writable(flag: str, folder: str | Path):
     """UserError unless `folder`, or the nearest folder above it that exists, takes new files."""
     nearest = Path(folder).absolute()
-    while not nearest.exists():
+    while not os.path.exists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
     try:
         tempfile.TemporaryFile(dir=nearest).close()  # asking for permissions would not do: root has them all
@@ -345,7 +347,7 @@ def check_writable(flag: str, folder: str | Path):
 def check_output(flag: str, path: str | Path):
     """UserError unless a file can be written at `path`; a link counts by where it leads."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{flag} {path} is a folder: name a file in it")
     if not is_special(path):
         check_writable(flag, Path(os.path.realpath(path)).parent)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 
@@ -153,6 +154,7 @@ def test_light_scripts_do_not_load_torch():
     "happens, code, line",
     [
         (lambda: (_ for _ in ()).throw(UserError("two\nlines")), 2, "split.py: error: two lines\n"),
+        (lambda: os.rmdir("/no"), 2, "split.py: error: [Errno 2] No such file or directory: '/no'\n"),
         (lambda: (_ for _ in ()).throw(KeyboardInterrupt), 130, "split.py: stopped\n"),
         (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "split.py: stopped by SIGTERM\n"),
     ],
@@ -231,6 +233,8 @@ def test_what_cannot_be_written_is_named(tmp_path):
     for check in (check_writable, check_output):
         with pytest.raises(UserError, match=r"--out: .*file is no folder"):
             check("--out", tmp_path / "file/x/y")
+    check_writable("--out", tmp_path / ("long" * 99) / "x")  # which the system refuses to look for
+    check_output("--out", tmp_path / ("long" * 99))
     with pytest.raises(UserError, match=r"--out .* is a folder"):
         check_output("--out", tmp_path)
     with pytest.raises(UserError, match="cannot be written"), atomic_path(tmp_path / "file/x"):
@@ -245,7 +249,7 @@ def test_csv_of_names_that_are_no_text(tmp_path):
     assert (tmp_path / "a.csv").read_text() == "file,reason\n"
 
 
-def test_leftovers_of_killed_runs_go_but_not_those_of_living_ones(tmp_path):
+def test_leftovers_of_killed_runs_go_but_not_those_of_living_ones(tmp_path, monkeypatch):
     for name in (".tmp-old.png", ".tmp-young.png", "face.png"):
         (tmp_path / name).write_text("")
     (tmp_path / ".tmp-folder/new").mkdir(parents=True)
@@ -254,6 +258,9 @@ def test_leftovers_of_killed_runs_go_but_not_those_of_living_ones(tmp_path):
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".tmp-young.png", "face.png"]
     remove_leftovers(tmp_path / "nowhere")
+    os.utime(tmp_path / ".tmp-young.png", (0, 0))
+    monkeypatch.setattr(type(tmp_path), "unlink", Mock(side_effect=PermissionError))
+    remove_leftovers(tmp_path)  # tidying up stops no run
 
 
 def test_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
