@@ -219,14 +219,19 @@ def look_closely(look, image, face):
     ways = []
     for quarters in range(4):  # only its score tells that a face stands on its head, not its landmarks
         faces = look_through(look, image, compose(quarter_turn(quarters, 1, 1), upright))
-        distance = np.abs(faces[:, :2] + faces[:, 2:4] / 2 - centre).max(axis=1)
-        ways += [(one, quarters) for one in faces[distance < max(face[2:4]) / 4]]  # others are neighbours
+        ways += [(one, quarters) for one in near(face, faces)]
     best, quarters = max(ways, key=lambda way: way[0][14], default=(np.zeros(15), 0))
     if best[14]:  # once more, with its tilt undone: landmarks of a tilted face are less sure
-        straight = look_through(look, image, compose(WITHIN, fit(best[4:14].reshape(5, 2))))
+        straight = near(best, look_through(look, image, compose(WITHIN, fit(best[4:14].reshape(5, 2)))))
         if len(straight):
             best[4:14] = straight[straight[:, 14].argmax(), 4:14]
     return best, quarters
+
+
+def near(face, faces):
+    """Those of `faces` (N, 15) whose box lies about where that of `face` (15,) does: no neighbour's."""
+    middles = faces[:, :2] + faces[:, 2:4] / 2
+    return faces[np.abs(middles - face[:2] - face[2:4] / 2).max(axis=1) < max(face[2:4]) / 4]
 
 
 def look_through(look, image, warp):

@@ -173,6 +173,8 @@ def test_faces_side_by_side_are_two(detector):
     picture, _ = photograph([(104, 80), (160, 80), (160, 176)])
     found = faces.find_crops(picture, faces.open_detector(detector))
     assert [crop.box[:2] for crop in found] == [(64, 40), (120, 40), (120, 136)]
+    for crop in found:  # its own eyes, not its neighbour's
+        assert np.allclose(crop.landmarks, POINTS + crop.box[:2] + BOX / 2, atol=8)
 
 
 def test_boxes_lie_in_the_picture(detector):
