@@ -35,7 +35,8 @@ def draw_faces(image, faces, texts=None, size=None):
 
     texts: by default the labels. size: of the letters, in pixels, by default in proportion to the face.
     """
-    scale = math.ceil(360 / min(image.shape[:2]))  # small pictures are enlarged, so that texts can be read
+    # Small pictures are enlarged, so that texts can be read; one that is small in one way alone is not.
+    scale = max(1, min(math.ceil(360 / min(image.shape[:2])), 8192 // max(image.shape[:2])))
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     line = max(2, round(min(canvas.shape[:2]) / 250))
     for face in faces:
@@ -94,24 +95,38 @@ def write_picture(path, picture):
         picture.save(temporary, quality=92, exif=exif)
 
 
+def check_video_name(path):
+    """Raises ValueError for a path that is no text, at which OpenCV would end the process."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the path of a video must be UTF-8: rename it") from None
+
+
 @contextmanager
 def open_video(path, rate, size):
     """Yields a function that appends PIL pictures of one size to a video, shown at `rate` a second.
 
-    Raises UserError if OpenCV lacks what writes it.
+    Raises UserError if OpenCV lacks what writes it, or if it could not be written whole.
     """
+    check_video_name(path)
+    rate = min(max(round(rate, 2), 0.01), 600)  # MPEG-4 takes no finer ones
     with atomic_path(path) as temporary:
         video = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         if not video.isOpened():  # else nothing would be written, and nothing said
             raise UserError(f"{path}: this OpenCV writes no mp4: install opencv-python-headless")
         yield lambda picture: video.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
-        video.release()
+        video.release()  # which says nothing of a full disk
+        if not cv2.VideoCapture(str(temporary)).isOpened():
+            raise UserError(f"{path} cannot be written whole: make room, or name another place")
 
 
 def is_own(path):
     """Whether a file is an overlay or a mask that an earlier run has written."""
     try:
         with Image.open(path) as header:
+            if header.format == "PNG" and "exif" not in header.info:
+                return False  # `getexif` would decode all pixels, to look behind them
             return header.getexif().get(MADE_BY) == MARK
     except Exception:  # what Pillow raises depends on where a file breaks
         return False

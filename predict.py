@@ -160,7 +160,7 @@ def predict(loaded, image, masks=True) -> list[Prediction]:
         if image.mode in ("I", "F"):
             raise ValueError(f"a PIL image of mode {image.mode}, whose range is not known")
         image = cv2.cvtColor(flatten(image), cv2.COLOR_BGR2RGB)
-    elif np.size(image) and np.max(image) <= 1:
+    elif isinstance(image, np.ndarray) and image.size and 0 < image.max() <= 1:
         raise ValueError("no value above 1: multiply a picture of values 0 to 1 by 255")
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < MIN_SIDE:
@@ -192,16 +192,17 @@ class Picture:
 def list_pictures(inputs, leave_out):
     """The picture files among `inputs`, each once, and a `Picture` with a reason for what cannot be read.
 
-    Folders are searched, but for those in `leave_out`. What is passed over there is named on stderr.
+    Folders are searched, but for those in `leave_out` within them. What is passed over is named on stderr.
     """
     paths, unreadable = [], []
     for top in map(Path, inputs):
-        if not top.exists():
+        if not os.path.exists(top):
             raise UserError(f"{top} is not there: name pictures, or a folder of them")
         if not top.is_dir():
             paths.append(top)
             continue
-        files, broken = walk_files(top, leave_out)
+        own = [folder for folder in leave_out if os.path.realpath(folder) != os.path.realpath(top)]
+        files, broken = walk_files(top, own)
         unreadable += [Picture(path, path, reason=reason) for path, reason in broken.items()]
         kinds = defaultdict(list)
         for file in files:
@@ -218,7 +219,7 @@ def list_pictures(inputs, leave_out):
 
 def kind_of_file(file):
     """What a file found in a folder is taken for, in the plural."""
-    if file.name.endswith("_mask.png") and Path(str(file)[:-9] + "_image.png").exists():
+    if file.name.endswith("_mask.png") and os.path.exists(str(file)[:-9] + "_image.png"):
         return "face masks"
     if file.suffix.lower() not in SUFFIXES:
         return "files that are no pictures"
@@ -232,17 +233,25 @@ def open_pictures(paths, every) -> Iterator[Picture]:
         if path.suffix.lower() not in drawing.VIDEOS:  # a pipe can be read only once
             yield Picture(path, path.read_bytes() if cli.is_special(path) else path)
             continue
+        try:
+            drawing.check_video_name(path)
+        except ValueError as error:
+            yield Picture(path, path, reason=str(error))
+            continue
         video = cv2.VideoCapture(str(path))
         fps, count = video.get(cv2.CAP_PROP_FPS) or 25, int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-        frame = 0
+        frame = second = 0
         while video.grab():
+            second = (
+                round(video.get(cv2.CAP_PROP_POS_MSEC) / 1000, 3) or frame / fps
+            )  # frames may differ in length
             if frame % every == 0:
                 image = cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
-                yield Picture(path, image, frame, frame / fps, fps / every)
+                yield Picture(path, image, frame, second, fps / every)
             frame += 1
         if frame == 0:
             yield Picture(path, path, reason="no video that can be read")
-        elif frame < count - 2:  # containers miscount by one or two
+        elif frame < count - 2 and second + 0.5 < count / fps:  # some containers tell how long, not how many
             yield Picture(path, path, reason=f"breaks off after {frame} of {count} frames")
 
 
@@ -380,7 +389,7 @@ def choose_checkpoint(named):
     return checkpoint
 
 
-def check_outputs(args, paths, top):
+def check_outputs(args, checkpoint, paths, top):
     """UserError if an output cannot be written, or would replace another one or an input."""
     outputs = [(flag, path) for flag, path in (("--csv", args.csv), ("--json", args.json)) if path]
     for flag, path in outputs:
@@ -391,7 +400,7 @@ def check_outputs(args, paths, top):
     if args.overlay:
         outputs += [("--overlay", drawing.overlay_path(path, args.overlay, top)) for path in paths]
     taken = {os.path.realpath(path): "the pictures" for path in paths}
-    taken |= {os.path.realpath(path): path for path in (args.checkpoint, args.detector) if path}
+    taken |= {os.path.realpath(path): path for path in (checkpoint, args.detector) if path}
     for flag, path in outputs:
         place = os.path.realpath(path)
         if place in taken and not cli.is_special(Path(path)):
@@ -432,9 +441,12 @@ def main(args):
         raise UserError("nothing to do: name pictures, videos, or a folder (-h explains)")
     folders = [folder for folder in (args.overlay, args.masks) if folder]
     paths, unreadable = list_pictures(args.inputs, folders)
-    top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-    check_outputs(args, paths, top)
+    try:
+        top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+    except ValueError:
+        raise UserError("the pictures lie on several drives: run predict.py once for each") from None
     checkpoint = cli.shipped(choose_checkpoint(args.checkpoint))
+    check_outputs(args, checkpoint, paths, top)
     thresholds = args.detector_score, args.min_face
     loaded = load(checkpoint, args.detector, args.aligned, args.device, args.precision, *thresholds)
     model = {"name": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
@@ -467,14 +479,14 @@ def main(args):
     for row in skipped:
         if row["frame"] is None:
             print(f"skipped {row['file']}: {row['reason']}", file=sys.stderr)
+    for reason in failed:
+        print(f"failed: {reason}", file=sys.stderr)
     if not lines:
         hint = "" if args.aligned else "; if each is one face crop, give --aligned"
         raise UserError(f"none of {len(rows)} pictures holds a face that can be read{hint}")
     pictures = sum(row.get("face") == 0 for row in rows)
     named = f"; written: {', '.join(written)}" if written else ""
     print(*lines, f"{len(lines)} faces in {pictures} pictures, {len(skipped)} skipped{named}", sep="\n")
-    for reason in failed:
-        print(f"failed: {reason}", file=sys.stderr)
     if failed:
         sys.exit(1)
 

@@ -6,18 +6,21 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
 import threading
 import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngImageFile
 
 import drawing
 import faces
@@ -163,6 +166,7 @@ def test_default_checkpoint(model, tmp_path, cli, refuse, monkeypatch):
     assert code == 0 and f"model: {tmp_path / 'weights/age_multitask.pt'}" in out
     shutil.copy(model, tmp_path / "model.pt")
     assert "model: model.pt\n" in cli("predict", picture, *ALIGNED, cwd=tmp_path)[1]
+    refuse("predict", picture, *ALIGNED, "--json", "model.pt", words=["would replace model.pt"])
 
 
 # Which pictures
@@ -234,6 +238,22 @@ def test_names_that_are_no_text_or_too_long(model, tmp_path, cli):
     assert len(masks) == 6 and all(name.endswith("_0_mask.png") for name in masks)
     code, out, err = cli("predict", "o", "m", "in/a.png", *flags, cwd=tmp_path)
     assert code == 2 and "o holds no picture" in err  # but for what the run before has drawn
+    for drawn in (0, 6):  # masks may lie beside the pictures
+        code, out, err = cli("predict", "in", *flags, "--masks", "in", cwd=tmp_path)
+        assert code == 0 and "6 faces in 6 pictures" in out, err
+        assert err.startswith(f"passed over {drawn} pictures drawn by an earlier run") == (drawn > 0)
+
+
+def test_pixels_are_not_decoded_to_tell_a_photograph(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    decoded = []
+    monkeypatch.setattr(PngImageFile, "load", lambda picture: decoded.append(picture))
+    assert not drawing.is_own(tmp_path / "a.png") and decoded == []
+
+
+def test_a_narrow_picture_is_not_enlarged_beyond_memory():
+    assert drawing.draw_faces(np.zeros((16, 9000, 3), np.uint8), []).size == (9000, 16)
+    assert drawing.draw_faces(np.zeros((90, 100, 3), np.uint8), []).size == (400, 360)
 
 
 def test_what_cannot_be_written_stops_nothing_else(model, tmp_path, cli):
@@ -368,6 +388,8 @@ def test_pictures_without_a_face_have_a_row_and_a_reason(model, detector, tmp_pa
     assert [(row["file"], row["reason"]) for row in read(tmp_path / "f.csv")] == reasons
     code, out, err = cli("predict", "b.png", "c.jpg", *flags, cwd=tmp_path)
     assert code == 2 and "none of 2 pictures holds a face" in err and "--aligned" in err
+    (tmp_path / "full").symlink_to("/dev/full")
+    assert "failed: full cannot" in cli("predict", "b.png", *flags[:-4], "--csv", "full", cwd=tmp_path)[2]
     assert [(row["file"], row["reason"]) for row in read(tmp_path / "f.csv")] == reasons[2:]
     said = json.loads((tmp_path / "f.json").read_text())
     assert [row["reason"] for row in said] == ["no face found", "unreadable image"]
@@ -411,6 +433,17 @@ def test_videos(model, detector, tmp_path, cli, monkeypatch):
     assert (
         np.abs(images[0].astype(int) - images[1]).max() < 20 < np.abs(images[0].astype(int) - images[4]).max()
     )
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), (tmp_path / "o/clip.avi.mp4").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as on a full disk
+    try:
+        code, _, err = cli("predict", "clip.avi", *flags, "--overlay", "o", cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and "failed: o/clip.avi.mp4 cannot be written whole" in err
+    assert (tmp_path / "o/clip.avi.mp4").read_bytes() == before and len(os.listdir(tmp_path / "o")) == 1
+    for rate in (119.9433, 90_000, 0.0008):
+        with drawing.open_video(tmp_path / "rate.mp4", rate, (64, 64)) as append:
+            append(Image.new("RGB", (64, 64)))
     (tmp_path / "full/clip.avi.mp4").mkdir(parents=True)  # in the way of the video
     code, out, err = cli("predict", "clip.avi", *flags, "--overlay", "full", cwd=tmp_path)
     assert code == 1 and err.count("failed: full/clip.avi.mp4 cannot be written") == 1 and "6 faces" in out
@@ -426,6 +459,43 @@ def test_videos(model, detector, tmp_path, cli, monkeypatch):
     assert code == 0 and "skipped none.mp4: no video that can be read" in err
     assert "skipped cut.avi: breaks off after 1" in err and "of 25 frames" in err
     assert (tmp_path / "o/cut.avi.mp4").exists() and not (tmp_path / "o/none.mp4").exists()
+    name = os.fsdecode(b"caf\xe9.avi")  # at which OpenCV would end the process
+    shutil.copy(tmp_path / "clip.avi", tmp_path / name)
+    code, out, err = cli("predict", name, "clip.avi", *flags, "--overlay", name[:-4], cwd=tmp_path)
+    assert (
+        code == 1 and r"skipped caf\udce9.avi: the path of a video must be UTF-8" in err and "6 faces" in out
+    )
+    assert "failed: the path of a video must be UTF-8" in err
+
+
+def test_frames_of_uneven_length(monkeypatch):
+    """Seconds are those at which frames are shown, and a whole video is not said to break off."""
+    shown = [i / 30 for i in range(45)] + [1.5 + i / 15 for i in range(45)]
+
+    class Video:
+        frame, count = -1, 134  # as Matroska's length and rate have it
+
+        def __init__(self, _):
+            pass
+
+        def get(self, what):
+            now = 1000 * shown[max(self.frame, 0)]
+            return {cv2.CAP_PROP_FPS: 30, cv2.CAP_PROP_FRAME_COUNT: self.count, cv2.CAP_PROP_POS_MSEC: now}[
+                what
+            ]
+
+        def grab(self):
+            self.frame += 1
+            return self.frame < len(shown)
+
+        def retrieve(self):
+            return True, np.zeros((32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Video)
+    frames = list(predict.open_pictures([Path("a.mkv")], 40))
+    assert [frame.second for frame in frames] == pytest.approx([0, 1.333, shown[80]], abs=1e-3)
+    monkeypatch.setattr(Video, "count", 200)
+    assert list(predict.open_pictures([Path("a.mkv")], 40))[-1].reason == "breaks off after 90 of 200 frames"
 
 
 @pytest.mark.skipif(not YUNET.exists(), reason="no YuNet here")
@@ -470,6 +540,11 @@ def test_from_python(drawn, model):
             predict.predict(loaded, wrong)
     for wrong in (image / 255, (image > 99).astype(np.uint8)):
         with pytest.raises(ValueError, match="multiply a picture of values 0 to 1 by 255"):
+            predict.predict(loaded, wrong)
+    (black,) = predict.predict(loaded, np.zeros((80, 80, 3), np.uint8))  # as a film begins
+    assert black.box == (0, 0, 80, 80)
+    for wrong in (None, "face.jpg", [[1]]):
+        with pytest.raises(ValueError, match="uint8"):
             predict.predict(loaded, wrong)
     for mode in ("I", "F"):
         with pytest.raises(ValueError, match=f"mode {mode}"):
@@ -524,14 +599,18 @@ for threads in (2, 1):
     assert done.returncode == 0 and done.stdout == "", done.stderr
 
 
-def test_bad_input(model, tmp_path, cli, refuse):
+def test_bad_input(model, tmp_path, cli, refuse, monkeypatch):
     noise_pairs(tmp_path, [30])
     picture = next(tmp_path.glob("*_image.png"))
     flags = ["--checkpoint", model, *CPU]
     refuse("predict", words=["nothing to do"])
     refuse("predict", tmp_path / "none.jpg", *flags, words=["none.jpg is not there"])
+    refuse("predict", "a.jpg\n" * 60, *flags, words=["is not there"])  # as "$(ls)" gives it
     (tmp_path / "empty").mkdir()
     refuse("predict", tmp_path / "empty", *flags, words=["empty holds no picture"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "commonpath", Mock(side_effect=ValueError))  # as of C: and D:
+        refuse("predict", picture, *flags, words=["several drives"])
     refuse("predict", picture, "--checkpoint", tmp_path / "no.pt", *ALIGNED, words=["no.pt is not there"])
     refuse(
         "predict", picture, *flags, "--detector", tmp_path / "y.onnx", words=["--detector", "cannot be read"]
