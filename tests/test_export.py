@@ -88,6 +88,8 @@ def test_what_stands_in_the_way_is_one_line(exported, tmp_path, refuse, monkeypa
     done = shell("export", "--out", ".", cwd=tmp_path)  # as a user runs it
     assert done.returncode == 2 and "--out . is a folder" in done.stderr
     refuse("export", "--checkpoint", tmp_path / "no.pt", words=["no.pt is not there"])
+    path = exported / "model.pt"
+    refuse("export", "--checkpoint", path, "--out", path, words=["would replace the checkpoint"])
 
     def broken(*_, **__):
         raise AttributeError("module 'onnxscript' has no attribute 'x'\nand more")

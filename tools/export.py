@@ -8,6 +8,7 @@ probabilities. The file's metadata say what a program must know to use it.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def get_parser():
 
 def main(args):
     cli.check_output("--out", args.out)
-    model, checkpoint = load_model(predict.choose_checkpoint(args.checkpoint), torch.device("cpu"))
+    path = cli.shipped(predict.choose_checkpoint(args.checkpoint))
+    if os.path.realpath(args.out) == os.path.realpath(path):
+        raise cli.UserError(f"--out {args.out} would replace the checkpoint: name another file")
+    model, checkpoint = load_model(path, torch.device("cpu"))
     try:
         import onnx
         import onnxscript  # which torch's exporter needs

@@ -9,6 +9,7 @@ import html
 import io
 import os
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def get_parser():
 
 def main(args):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it runs
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost,127.0.0.1", args.host)))
+    with tempfile.TemporaryDirectory() as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        serve(args, Path(uploads))
+
+
+def serve(args, uploads):
+    """Serves the page until it is stopped; what is uploaded lies in the folder `uploads` meanwhile."""
     try:
         import gradio
     except ImportError:
@@ -95,6 +105,7 @@ def main(args):
         gradio.Markdown(ABOUT.format(groups=", ".join(groups).replace("–999", " and above")))
 
         def reply(data):
+            cli.remove_leftovers(uploads, "tmp*", age=600)  # uploads that broke off, which Gradio forgets
             return answer(data, loaded), None  # the field is free for the next
 
         again = {"fn": None, "js": "() => show('')"}
@@ -108,9 +119,10 @@ def main(args):
             css=STYLE, head=SCRIPT,
         )  # fmt: skip
     except OSError as error:
-        raise cli.UserError(f"--port {args.port} cannot be used ({error}): name another") from None
+        place = f"--host {args.host} or --port {args.port}"
+        raise cli.UserError(f"{place} cannot be used ({error}): name another") from None
     finally:
-        page.close()  # deletes what was uploaded
+        page.close()
 
 
 if __name__ == "__main__":
