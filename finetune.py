@@ -113,12 +113,15 @@ def main(args):
     options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
     dataset = common.FaceDataset(folders, args.image_size, common.supervised_augmentation, **options)
     val_dataset = None if args.final else common.FaceDataset(val, args.image_size, **options)
+    if val_dataset and not (val_dataset.groups >= 0).any():
+        lack = "all ages are ranges that cross groups, so that no epoch can be chosen"
+        raise cli.UserError(f"{val}: {lack}: add other faces, or give --final")
     torch.manual_seed(args.seed)
     model = common.make_model(vars(args), training=True)
     groups = common.build_param_groups(
         model, args.lr, args.lr_strategy, args.backbone_lr_scale, args.weight_decay
     )
-    run = training.begin_training(args, "model", model, groups, dataset, state)
+    run = training.begin_training(args, "model", model, groups, dataset, state, val_dataset)
     about |= training.provenance(run)
     if val_dataset is not None:
         about["val_hashes"] = torch.cat([about["val_hashes"], val_dataset.hashes]).unique()

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
@@ -149,7 +150,8 @@ def start_worker(worker: int, give_way: bool):
     # Torch would report a worker that dies of a signal before the main process can say why it stops.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if give_way and hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):  # some sandboxes have one priority alone
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     elif give_way and hasattr(os, "nice"):
         os.nice(19)
 
@@ -205,6 +207,7 @@ class Training:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None  # the moving average of the weights, with --ema
     hashes: Tensor  # int64 (N,), of the faces that it learns from
+    faces: int  # checksum of those and of the ones that it is validated on, with labels and masks
     provenance: dict  # of the weights that it started from: see `init_backbone`
     epoch: int = 0  # epochs done
     seconds: float = math.nan  # that the last of them took
@@ -239,7 +242,8 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     difference = describe_difference(state["config"], cli.settings_of(args))
     if difference:
         raise UserError(f"{last} was made with {difference}: --overwrite starts again")
-    args.init_sha256 = state["config"].get("init_sha256")
+    # As they were given first, lest the checkpoint of a finished run change with their spelling.
+    args.init, args.init_sha256 = (state["config"].get(name) for name in ("init", "init_sha256"))
     if not args.resume and state.get("epoch") != args.epochs:
         raise UserError(f"{last} holds an unfinished run: --resume continues it, --overwrite starts again")
     print(f"resumed {last} at epoch {state.get('epoch')}")
@@ -248,7 +252,7 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
 
 def describe_difference(old: dict, new: dict) -> str | None:
     """In what the settings of two runs differ, or None. Faces are compared later, by their pixels."""
-    for name in sorted((old.keys() | new.keys()) - {"data", "init", "init_sha256"}):
+    for name in sorted((old.keys() | new.keys()) - {"init", "init_sha256"}):
         if (old.get(name) or 0) != (new.get(name) or 0):  # a flag that there was not yet was off
             return f"--{name.replace('_', '-')} {old.get(name, 'off')}, not {new.get(name, 'off')}"
     if new["init_sha256"]:
@@ -284,16 +288,26 @@ def average_weights(model: nn.Module, decay: float, scheduler: LambdaLR) -> Aver
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
+def checksum(datasets: list[FaceDataset]) -> int:
+    """Of all that may be learned from data sets: pixels, labels and masks."""
+    total = 0
+    for dataset in datasets:
+        for values in (dataset.hashes, *dataset.labels.values(), dataset.masks):
+            total = total if values is None else zlib.crc32(values.numpy(), total)
+    return total
+
+
 def begin_training(
     args: argparse.Namespace, kind: str, model: nn.Module, groups: list[dict], dataset: FaceDataset,
-    state: dict | None,
+    state: dict | None, val: FaceDataset | None = None,
 ) -> Training:  # fmt: skip
     """A run at its beginning, its backbone loaded from --init, or where `open_run`'s `state` has it.
 
     Raises UserError if the state does not fit, or if the processes of torchrun are not all at one point.
     """
-    settings = {key: value for key, value in cli.settings_of(args).items() if key not in ("data", "init")}
-    checksums = {"faces": zlib.crc32(dataset.hashes.numpy()), "settings": zlib.crc32(repr(settings).encode())}
+    settings = {key: value for key, value in cli.settings_of(args).items() if key != "init"}
+    faces = checksum([dataset, val] if val else [dataset])
+    checksums = {"faces": faces, "settings": zlib.crc32(repr(settings).encode())}
     check_ranks_agree({"epochs done": state.get("epoch") if state else 0, **checksums})
     provenance = {} if state else init_backbone(model.backbone, args.init)
     device = choose_device(args.device)
@@ -310,7 +324,7 @@ def begin_training(
         args, kind, model, network, loader, device, dtype, optimizer, scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ema=average_weights(model, decay, scheduler) if decay else None,
-        hashes=dataset.hashes, provenance=provenance,
+        hashes=dataset.hashes, faces=faces, provenance=provenance,
     )  # fmt: skip
     last = cli.beside(args.out, ".last.pt")
     if state is None:
@@ -319,8 +333,9 @@ def begin_training(
         return run
     try:
         for name, part in stateful_parts(run).items():
-            part.load_state_dict(state[name])
-        same_faces = torch.equal(state["hashes"], dataset.hashes)
+            if state[name]:  # empty of a scaler that was off: `auto` is not fp16 on all devices
+                part.load_state_dict(state[name])
+        same_faces = state["faces"] == faces
         for name in ("provenance", "epoch", "history", "best"):
             setattr(run, name, state[name])
     except Exception:  # what a damaged file raises depends on where it is damaged
@@ -328,7 +343,8 @@ def begin_training(
             f"{last} does not fit the model, or is of an older version: --overwrite starts again"
         ) from None
     if not same_faces:
-        raise UserError(f"{last} learned from other faces than {args.data} holds: --overwrite starts again")
+        what = f"other faces, labels or masks than {args.data} holds"
+        raise UserError(f"{last} was made with {what}: --overwrite starts again")
     return run
 
 
@@ -381,7 +397,7 @@ def finish_epoch(run: Training, figures: dict):
     if not rank():
         parts = {name: part.state_dict() for name, part in stateful_parts(run).items()}
         save_checkpoint(
-            cli.beside(run.args.out, ".last.pt"), f"{run.kind}.last", run.args, **parts, hashes=run.hashes,
+            cli.beside(run.args.out, ".last.pt"), f"{run.kind}.last", run.args, **parts, faces=run.faces,
             provenance=run.provenance, epoch=run.epoch, history=run.history, best=run.best,
         )  # fmt: skip
         cli.write_csv(cli.beside(run.args.out, ".csv"), run.history)

@@ -1,4 +1,5 @@
 import csv
+import re
 import shutil
 from argparse import Namespace
 
@@ -78,6 +79,17 @@ def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkey
     checkpoint = load_checkpoint(tmp_path / "m.pt", "model")
     assert checkpoint["epoch"] == 3 and checkpoint["val"]["val_loss"] == 1.2
     assert torch.equal(checkpoint["weights"]["head.weight"], weights[2].half())
+
+
+def test_val_must_hold_a_face_of_one_group(tmp_path, cli, refuse, monkeypatch):
+    monkeypatch.setattr(training, "train_one_epoch", lambda run, _: add_one(run.model))
+    noise_pairs(tmp_path / "train", [2, 10, 20, 30, 50, 70] * 3)
+    noise_pairs(tmp_path / "val", ["20-29", "40-49"])
+    flags = ["--data", tmp_path, "--out", tmp_path / "m.pt", "--epochs", 1, *FAST, "--init", "random"]
+    refuse("finetune", *flags, words=[str(tmp_path / "val"), "ranges that cross groups", "--final"])
+    noise_pairs(tmp_path / "val", [30])
+    code, printed, _ = cli("finetune", *flags)
+    assert code == 0 and re.search(r"accuracy on val (0|100)\.00%", printed)  # of the one
 
 
 def test_final_learns_from_val_too_and_keeps_the_last_epoch(drawn, tmp_path, cli, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from contextlib import suppress
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import devices
+import training
 from cli import UserError, atomic_path
 from common import FaceDataset, load_checkpoint
 from conftest import FAST, ROOT, noise_pairs
@@ -50,46 +52,82 @@ def group_losses(model, batch):
     return F.cross_entropy(model(batch["image"]).float(), batch["group"])[None]
 
 
+LR, DECAY = 0.01, 0.3  # the peak rate, and the average's
+
+
+def begin(folder, precision, state=None):
+    """A run of a `TinyModel` on 18 faces in steps of four."""
+    noise_pairs(folder / "train", [3, 10, 20, 30, 50, 70] * 3)
+    dataset = FaceDataset(folder / "train", 32, seed=4)
+    torch.manual_seed(0)
+    model = TinyModel()
+    args = Namespace(out=folder / "o.pt", data=folder, batch_size=4, seed=4, workers=0, epochs=2)
+    args.image_size, args.overwrite, args.ema, args.init = 32, False, DECAY, "random"
+    args.device, args.precision = "cpu", precision
+    groups = [{"params": list(model.parameters()), "lr": LR, "weight_decay": 0.2}]
+    return begin_training(args, "model", model, groups, dataset, state)
+
+
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_training_equals_a_loop_written_by_hand(tmp_path, precision, dtype):
     """Every weight and statistic of the model and of its average, after two epochs of four steps."""
-    noise_pairs(tmp_path / "train", [3, 10, 20, 30, 50, 70] * 3)
-    dataset = FaceDataset(tmp_path / "train", 32, seed=4)
-    torch.manual_seed(0)
-    model = TinyModel()
-    expected, lr, decay = copy.deepcopy(model), 0.01, 0.3
-    args = Namespace(out=tmp_path / "o.pt", data=tmp_path, batch_size=4, seed=4, workers=0, epochs=2)
-    args.image_size, args.overwrite, args.ema, args.init = 32, False, decay, "random"
-    args.device, args.precision = "cpu", precision
-    groups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": 0.2}]
-    training = begin_training(args, "model", model, groups, dataset, None)
-    found = []
-    for training.epoch in (0, 1):
-        found.append(train_one_epoch(training, group_losses))
+    run = begin(tmp_path, precision)
+    model, found = run.model, []
+    expected = copy.deepcopy(model)
+    for run.epoch in (0, 1):
+        found.append(train_one_epoch(run, group_losses))
         model.eval()  # as validation leaves it
 
     average, step, losses = copy.deepcopy(expected), 0, []
     optimizer = torch.optim.AdamW(expected.parameters(), weight_decay=0.2)
-    for training.loader.batch_sampler.epoch in (0, 1):
+    for run.loader.batch_sampler.epoch in (0, 1):
         expected.train()
-        for batch in training.loader:
+        for batch in run.loader:
             optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * max(step - 1, 0) / 7))
+            optimizer.param_groups[0]["lr"] = LR * (0.5 + 0.5 * math.cos(math.pi * max(step - 1, 0) / 7))
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = group_losses(expected, to_device(batch, CPU))[0]
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            share = min(decay, (step + 1) / (step + 11)) if step else 0  # the average begins as a copy
+            share = min(DECAY, (step + 1) / (step + 11)) if step else 0  # the average begins as a copy
             step += 1
             for mean, now in zip(average.state_dict().values(), expected.state_dict().values()):
                 if mean.is_floating_point():
                     mean.copy_(share * mean + (1 - share) * now)
     assert torch.cat(found).flatten().tolist() == pytest.approx(losses, abs=1e-6)
-    for ours, theirs in ((model, expected), (training.ema.module, average)):
+    for ours, theirs in ((model, expected), (run.ema.module, average)):
         ours, theirs = ours.state_dict(), theirs.state_dict()
         for name in theirs.keys() - {"norm.num_batches_tracked"}:
             assert torch.allclose(ours[name], theirs[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("overflows", [1, 4])
+def test_a_gradient_scaler_skips_the_steps_that_overflow(tmp_path, overflows):
+    """Of four; without one that is left the training stops."""
+    run, done = begin(tmp_path, "fp32"), []
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def losses(model, batch):
+        done.append(copy.deepcopy(model.state_dict()))
+        return group_losses(model, batch) * (torch.inf if len(done) <= overflows else 1)
+
+    if overflows == 4:
+        with pytest.raises(UserError, match="lower --lr"):
+            train_one_epoch(run, losses)
+        return
+    train_one_epoch(run, losses)
+    weights = [before["conv.weight"] for before in done]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert run.scaler.get_scale() == 2.0**9
+
+
+def test_a_run_goes_on_in_another_precision_of_auto(tmp_path, monkeypatch):
+    run = begin(tmp_path, "auto")
+    training.finish_epoch(run, {"loss": 1.0})
+    monkeypatch.setattr(training, "choose_precision", lambda *_: torch.float16)  # another machine's
+    again = begin(tmp_path, "auto", load_checkpoint(tmp_path / "o.last.pt", "model.last"))
+    assert again.epoch == 1 and again.scaler.is_enabled()
 
 
 @pytest.fixture
@@ -166,19 +204,19 @@ def test_flags_reach_the_training(drawn, tmp_path, cli, epochs):
     flags += ["--backbone-lr-scale", 0.2, "--weight-decay", 0.3, "--multitask", "--seed", 5]
     epochs.stop_at = 2
     assert cli("finetune", *flags)[0] == 130
-    [training] = epochs
-    groups = {group["name"]: group for group in training.optimizer.param_groups}
+    [run] = epochs
+    groups = {group["name"]: group for group in run.optimizer.param_groups}
     rates = {name: (group["initial_lr"], group["weight_decay"]) for name, group in groups.items()}
     assert rates == {
         "backbone": (pytest.approx(0.002), 0.3), "backbone, no decay": (pytest.approx(0.002), 0.0),
         "heads": (0.01, 0.3), "heads, no decay": (0.01, 0.0),
     }  # fmt: skip
-    for _ in range(2 * len(training.loader)):  # the rates end with the last epoch
+    for _ in range(2 * len(run.loader)):  # the rates end with the last epoch
         assert groups["heads"]["lr"] > 0
-        training.optimizer.step()
-        training.scheduler.step()
+        run.optimizer.step()
+        run.scheduler.step()
     assert groups["heads"]["lr"] == pytest.approx(0, abs=1e-9)
-    assert training.loader.batch_sampler.seed == training.loader.dataset.seed == 5
+    assert run.loader.batch_sampler.seed == run.loader.dataset.seed == 5
     assert load_checkpoint(tmp_path / "m.last.pt", "model.last")["epoch"] == 1
 
 
@@ -198,8 +236,8 @@ def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, scri
 
 
 def test_settings_that_differ():
-    old = {"lr": 0.1, "seed": 0, "init": "a/../c.pt", "init_sha256": "f00", "data": "x", "ema": 0}
-    same = old | {"init": "c.pt", "data": "elsewhere"}
+    old = {"lr": 0.1, "seed": 0, "init": "a/../c.pt", "init_sha256": "f00", "ema": 0}
+    same = old | {"init": "c.pt"}
     for new, words in (
         (same, None),
         (same | {"init": "kept.pt"}, None),  # the same bytes under another name
@@ -238,8 +276,38 @@ def test_what_may_be_continued(drawn, tmp_path, cli, refuse, epochs):
     with open("model.csv", newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
     shutil.copy("kept.last.pt", "model.last.pt")
-    next((data / "train").glob("*_image.png")).unlink()  # now other faces
-    refuse(*again, words=["other faces"])
+    face, other = sorted((data / "train").glob("*_image.png"))[:2]
+    for change in (
+        lambda: face.rename(face.with_name(face.name.replace("_", ".5_", 1))),  # another age
+        lambda: next((data / "val").glob("*_image.png")).unlink(),  # epochs were chosen on it
+        other.unlink,
+    ):
+        shutil.copytree(data, tmp_path / "before")
+        change()
+        refuse(*again, words=["other faces, labels or masks"])
+        shutil.rmtree(data)
+        shutil.move(tmp_path / "before", data)
+    assert cli(*again)[0] == 0
+
+
+def test_other_masks_are_noticed(drawn):
+    dataset = FaceDataset(drawn / "dataset/processed_split/val", 32)
+    before = training.checksum([dataset])
+    dataset.masks[0, 0, 0] ^= 255
+    assert training.checksum([dataset]) != before != training.checksum([dataset, dataset])
+
+
+def test_a_finished_pretraining_keeps_its_bytes(drawn, tmp_path, cli, epochs):
+    """However its paths are spelled: else fine-tuning from it could not be resumed."""
+    (tmp_path / "d").symlink_to(drawn / "dataset/processed_split")
+    start = tmp_path / "start.pt"
+    flags = ["pretrain", *FAST, "--epochs", 1, "--resume"]
+    assert cli(*flags, "--data", "d", "--out", start, "--init", "random", cwd=tmp_path)[0] == 0
+    kept = []
+    for data, init in (("d", "start.pt"), ("./d/", "./start.pt")):
+        assert cli(*flags, "--data", data, "--init", init, "--out", "c.pt", cwd=tmp_path)[0] == 0
+        kept.append((tmp_path / "c.pt").read_bytes())
+    assert kept[0] == kept[1] and len(epochs) == 2
 
 
 def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse, epochs):
@@ -273,10 +341,18 @@ def test_each_epoch_has_its_own_order_and_drops_only_the_rest():
     assert [index for batch in EpochBatches(37, 8, seed=4) for _, index in batch] != orders[0]
 
 
+def test_a_sandbox_without_idle_priority_has_workers_too(monkeypatch):
+    monkeypatch.setattr(training.signal, "signal", Mock())
+    refused = Mock(side_effect=OSError(22, "Invalid argument"))
+    monkeypatch.setattr(os, "sched_setscheduler", refused, raising=False)
+    monkeypatch.setattr(os, "SCHED_IDLE", 5, raising=False)
+    monkeypatch.setattr(os, "sched_param", Mock(), raising=False)
+    training.start_worker(0, give_way=True)
+    assert refused.call_count == 1
+
+
 def test_workers_that_are_not_forked_share_the_pictures(drawn, tmp_path, monkeypatch):
     """Where they are spawned, tensors travel as handles; the batches are the same."""
-    import training
-
     dataset = FaceDataset(drawn / "dataset/processed_split/val", 32)
     forked = list(training.train_loader(dataset, 4, 0, 1, torch.device("cpu")))
     monkeypatch.setattr(sys, "platform", "elsewhere")
@@ -317,8 +393,6 @@ def test_curves_are_drawn_whatever_the_backend(tmp_path):
 
 
 def test_batches_that_do_not_divide_are_refused(monkeypatch):
-    import training
-
     monkeypatch.setattr(training, "world_size", lambda: 3)
     for size in (16, 3):
         with pytest.raises(training.UserError, match="--batch-size"):
