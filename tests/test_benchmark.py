@@ -1,6 +1,7 @@
 """Figures count the faces that they should, by a clock that moves only for what is charged to it."""
 
 import importlib
+import shutil
 from functools import partial
 
 import cv2
@@ -77,19 +78,30 @@ def test_medians_of_turns_without_the_first(monkeypatch, capsys):
 
 
 def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, monkeypatch, tmp_path):
-    done, run = [], benchmark.run_stage
+    done, precisions, run = [], [], benchmark.run_stage
 
     def run_stage(script, *flags, cwd):
-        parse_args(importlib.import_module(script).get_parser(), list(flags))
+        args = parse_args(importlib.import_module(script).get_parser(), list(flags))
+        if "train" in script or "tune" in script:
+            precisions.append(args.precision)
         done.append((script, len(list((cwd / "dataset/raw").iterdir()))))
         return 2.0, 300.0
 
     monkeypatch.setattr(benchmark, "run_stage", run_stage)
-    code, printed, err = cli("benchmark", *FAST, "growth", "--data", drawn / "dataset/raw")
+    growth = ["benchmark", *FAST, "growth", "--precision", "bf16", "--data"]
+    code, printed, err = cli(*growth, drawn / "dataset/raw")
     stages = ["masks", "split", "pretrain", "finetune", "evaluate"]
     assert code == 0 and done == [(stage, count) for count in (5, 10, 20) for stage in stages], err
     assert table(printed) == [[f"{stage}.py,", "2.0", "300"] for stage, _ in done]
-    refuse("benchmark", "--data", tmp_path, words=["--data", str(tmp_path)])
+    assert precisions == ["bf16", "bf16"] * 3  # of the trainings
+    for folder in ("a", "b"):  # two places of the same faces, and fewer than are asked for
+        shutil.copytree(drawn / "dataset/processed_split/val", tmp_path / "two" / folder)
+        for path in (tmp_path / "two" / folder).glob("*_image.png"):
+            path.rename(path.with_name(path.name.replace("_image", "")))
+    code, printed, err = cli(*growth, tmp_path / "two", "--faces", 999)
+    assert code == 0 and "evaluate.py, 15 faces" in printed, err
+    (tmp_path / "empty").mkdir()
+    refuse("benchmark", "--data", tmp_path / "empty", words=["--data", str(tmp_path)])
     with pytest.raises(UserError, match=r"split\.py"):
         run("split", "--input", "nowhere", cwd=tmp_path)
     took, memory = run("split", "-h", cwd=tmp_path)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,25 +81,27 @@ def test_ends_near_zero_get_a_second_decimal():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_configuration_counts_by_what_it_says_not_by_how_it_is_spelled(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "split").mkdir()
-    (tmp_path / "link").symlink_to("split")
-    old = {"data": "split", "init": "c0.pt", "lr": 0.1, "seed": 0}
+def test_a_configuration_counts_by_its_faces_and_settings_not_by_how_paths_are_spelled():
+    old = {"data": "split", "init": "c0.pt", "lr": 0.1, "seed": 0}  # older ones held the path
     pretraining = {"positives": "age", "init": "random", "data": "split", "seed": 0}
-    new = {"data": str(tmp_path / "link") + "/", "init": "./c1.pt", "init_sha256": "f" * 64, "lr": 0.1}
-    new |= {"final": False, "seed": 1}
+    new = {"init": "./c1.pt", "init_sha256": "f" * 64, "lr": 0.1, "final": False, "seed": 1}
+    faces = {"train_hashes": torch.arange(7)}
+    moved = pretraining | {"data": "./split/."}
     many = [
-        SimpleNamespace(checkpoint={"config": old, "pretraining": pretraining}),
-        SimpleNamespace(checkpoint={"config": new, "pretraining": pretraining | {"data": "./split/."}}),
+        SimpleNamespace(checkpoint={"config": old, "pretraining": pretraining, **faces}),
+        SimpleNamespace(checkpoint={"config": new, "pretraining": moved, **faces}),
     ]
     [(columns, runs)], shared = group_by_configuration(many)
     assert len(runs) == 2 and columns["Pretrained weights"] == "contrastive (age)"
-    assert (shared["data"], shared["final"]) == ("split", "off") and "init_sha256" not in shared
-    many[1].checkpoint["config"] |= {"final": True, "data": "other"}
+    assert shared["final"] == "off" and "init_sha256" not in shared
+    [name] = re.findall(r"^7 faces \(([0-9a-f]{8})\)$", shared["data"])
+    many[1].checkpoint["train_hashes"] = torch.arange(1, 8)
+    (one, _), (other, _) = group_by_configuration(many)[0]
+    assert one["Other settings"] == f"data 7 faces ({name})" != other["Other settings"]
+    many[1].checkpoint |= faces
+    many[1].checkpoint["config"]["final"] = True
     rows, _ = group_by_configuration(many)
-    others = [columns["Other settings"] for columns, _ in rows]
-    assert others == ["data split, final off", "data other, final True"]
+    assert [columns["Other settings"] for columns, _ in rows] == ["final off", "final True"]
 
 
 def read_table(path, header):
@@ -127,7 +130,8 @@ def scored(accuracy, checkpoint, path="m.pt"):
 
 def model(strategy, seed, accuracy, **settings):
     config = {"lr_strategy": strategy, "seed": seed, "init": "random", **settings}
-    return scored(accuracy, {"config": config, "pretraining": {}}, f"{strategy}{seed}.pt")
+    checkpoint = {"config": config, "pretraining": {}, "train_hashes": torch.arange(3)}
+    return scored(accuracy, checkpoint, f"{strategy}{seed}.pt")
 
 
 def test_table_and_differences_of_known_models(capsys, tmp_path):
@@ -156,6 +160,16 @@ def test_table_and_differences_of_known_models(capsys, tmp_path):
     assert "two of them alike: uniform0.pt, uniform0.pt" in capsys.readouterr().err
     assert "Differences" not in alone
     assert "| 70.0 [68.0, 73.0] |" in make_table(many[1:2], "d")
+
+
+def test_fine_tunings_of_one_pretraining_say_nothing_of_other_seeds():
+    many = [model("uniform", seed, 0.7) for seed in range(3)]
+    for differ in (False, True):
+        tuned = [model("differentiated", seed, 0.75, init_sha256=str(seed * differ)) for seed in range(3)]
+        for scored_model in tuned:
+            scored_model.checkpoint["pretraining"] = {"positives": "rank", "epochs": 5}
+        text = make_table(many + tuned, "d")
+        assert ("other seeds |" in text, "these trained models only |" in text) == (differ, not differ)
 
 
 def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkeypatch):
@@ -277,6 +291,16 @@ def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, call
     assert (args.init, args.multitask) == ("table/contrastive-rank-seed4.pt", True)
     assert args.lr_strategy == "differentiated" and trained["contrastive-rank-seed3"].positives == "rank"
     assert "results/multitask-rank-uniform-seed3" in places and len(places) == 6
+
+
+def test_what_is_not_given_is_the_configs(tmp_path, cli, calls):
+    (tmp_path / "c.yaml").write_text("finetune: {precision: fp32, data: other, workers: 3}\n")
+    flags = ["--config", "c.yaml", "--weights", "random", "--lr-strategies", "uniform", "--device", "cpu"]
+    assert cli("table", *flags, cwd=tmp_path)[0] == 2  # since this row fails
+    assert calls and all(
+        (args.precision, args.data, args.workers, args.device) == ("fp32", "other", 3, "cpu")
+        for _, args in calls
+    )
 
 
 def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls, refuse, monkeypatch):

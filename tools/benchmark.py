@@ -44,7 +44,8 @@ PARTS = ["training", "loader", "evaluate", "masks", "growth"]
 MEASURED = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(memory // 1024 if sys.platform == "darwin" else memory)  # macOS counts bytes
 sys.exit(code)"""
 
 
@@ -148,6 +149,7 @@ def measure_masks(raw, pairs, args, device):
 
 def measure_growth(raw, pairs, args, device):
     epoch = f"--epochs 1 --image-size {args.image_size} --batch-size {args.batch_size} --device {args.device}"
+    epoch += f" --precision {args.precision}"
     finetuning = f"finetune {epoch} --multitask --init contrastive.pt"
     for part in (4, 2, 1):
         folder, faces = raw.parent / f"growth-{part}", args.faces // part
@@ -171,12 +173,12 @@ def run_stage(script, *flags, cwd):
 
 def link_faces(source, folder, count):
     """Links `count` of the faces below `source`, or all, into a new folder."""
-    paths = sorted(path for path in source.rglob("*") if parse_name(path.name))
+    paths = {path.name: path for path in sorted(source.rglob("*")) if parse_name(path.name)}
     if not paths:
         raise cli.UserError(f"--data {source} is no folder of UTKFace's faces: unpack its archive first")
     folder.mkdir(parents=True)
-    for path in random.Random(0).sample(paths, min(count, len(paths))):
-        (folder / path.name).symlink_to(path.resolve())
+    for name in random.Random(0).sample(list(paths), min(count, len(paths))):
+        (folder / name).symlink_to(paths[name].resolve())
 
 
 def get_parser():
@@ -194,6 +196,8 @@ def get_parser():
 
 def main(args):
     device = devices.choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for `synchronize`
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cli.usable_cores()} cores"
     print(f"{name}, torch {torch.__version__}, {args.image_size} px, batches of {args.batch_size}\n")
     with tempfile.TemporaryDirectory() as scratch:
@@ -203,6 +207,7 @@ def main(args):
         else:
             run_stage("tools/synthesize", "--output", raw, "--count", str(args.faces), cwd=scratch)
         call(masks, "--input", raw, "--output", pairs, "--workers", args.workers)
+        args.faces = len(list(raw.iterdir()))
         print(ROW.format("part", "what", "figure", "beside"), ROW.format(*["---"] * 4), sep="\n")
         for part in dict.fromkeys(args.only):
             globals()[f"measure_{part}"](raw, pairs, args, device)

@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+import zlib
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
@@ -42,7 +43,8 @@ LR_STRATEGIES = ("uniform", "differentiated")
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro")
 COLUMNS = (*COMPARED, "precision_macro", "ap_macro", "within_one_group", "mae_years", "mask_iou")
 UNLISTED = {"init", "lr_strategy", "multitask", "pretraining positives"}  # they have columns of their own
-UNLISTED |= {"seed", "init_sha256", "pretraining seed", "pretraining init_sha256"}  # and these do not matter
+# These do not matter, or are in other words among the rest.
+UNLISTED |= {"seed", "init_sha256", "pretraining seed", "pretraining init_sha256", "pretraining data"}
 DIFFERENCES = """
 Differences in points, with 95 % intervals: below three seeds a side paired over faces, for these models only;
 from three on for other seeds (Student's t). One in twenty misses zero by chance alone.
@@ -67,9 +69,11 @@ def call(script, *flags):
 def train_rows(args):
     """Trains every row and seed that is asked for: the checkpoints, and a line on each that failed."""
     out, models, failed = Path(args.out), [], []
-    training = ["--data", args.data, "--workers", args.workers, "--device", args.device]
-    training += ["--precision", args.precision, "--overwrite" if args.overwrite else "--resume"]
+    training = ["--overwrite" if args.overwrite else "--resume"]
     training += ["--config", args.config] if args.config else []
+    for name in ("data", "workers", "device", "precision"):  # else the sections of --config count
+        if getattr(args, name) != get_parser().get_default(name):
+            training += [f"--{name}", getattr(args, name)]
     for seed, weights in product(args.seeds, args.weights):
         start, lost = weights, None
         if weights in PRETRAINED:
@@ -92,7 +96,7 @@ def train_rows(args):
 def describe(checkpoint):
     """What a model was made with, its seed apart: the table's first three columns, and all other settings.
 
-    A path counts by where it leads, and what is false, zero or empty is off.
+    Faces and checkpoints count by what is in them, and what is false, zero or empty is off.
     """
     config, pretraining = checkpoint["config"], checkpoint["pretraining"]
     start = config.get("init", "")
@@ -106,9 +110,8 @@ def describe(checkpoint):
         "Pretrained weights": "ImageNet" if start == "imagenet" else start,
     }
     settings = config | {f"pretraining {key}": value for key, value in pretraining.items()}
-    for key in ("data", "pretraining data", "pretraining init"):
-        if settings.get(key, "random") not in ("random", "imagenet"):
-            settings[key] = os.path.relpath(os.path.realpath(str(settings[key])))
+    seen = checkpoint["train_hashes"].numpy()
+    settings["data"] = f"{len(seen)} faces ({zlib.crc32(seen):08x})"
     return columns, {key: str(value or "off") for key, value in settings.items() if key not in UNLISTED}
 
 
@@ -135,19 +138,27 @@ def seed_of(scored):
     return scored.checkpoint["config"].get("seed", 0)
 
 
-def compare(first, second):
+def independent(runs):
+    """How many runs of one configuration share neither a seed nor the checkpoint that they started from."""
+    starts = {scored.checkpoint["config"].get("init_sha256") for scored in runs}
+    seeds = len({seed_of(scored) for scored in runs})
+    return min(seeds, len(starts)) if runs[0].checkpoint["pretraining"] else seeds
+
+
+def compare(first, second, few=False):
     """How much higher a metric is under `first`, its 95 % interval, and whether that holds for other seeds.
 
     Each side is a list over S seeds of (value, bootstrap draws (R,)), on the same faces and resamples. Below
-    three seeds a side the interval is the paired bootstrap's over faces, for these trained models only. From
-    three on it is Student's t by Welch and Satterthwaite, with the variance of two crossed factors (Cameron
-    et al. 2011): over seeds, plus over faces, less what faces add to the former; at least that over faces.
+    three seeds a side, or where `few` of them are independent, the interval is the paired bootstrap's over
+    faces, for these trained models only. Else it is Student's t by Welch and Satterthwaite, with the variance
+    of two crossed factors (Cameron et al. 2011): over seeds, plus over faces, less what faces add to the
+    former; at least that over faces.
     """
     values = [np.array([value for value, _ in runs], float) for runs in (first, second)]  # None is NaN
     draws = [np.stack([drawn for _, drawn in runs]) for runs in (first, second)]  # S×R each
     difference = float(values[0].mean() - values[1].mean())
     drawn = draws[0].mean(axis=0) - draws[1].mean(axis=0)  # R
-    if min(len(first), len(second)) < 3 or np.isnan(difference):
+    if few or min(len(first), len(second)) < 3 or np.isnan(difference):
         return difference, interval(drawn), False
     over_seeds, in_both, spread, over_faces = 0, 0, 0, np.nanvar(drawn)
     for value, draw in zip(values, draws):  # S, S×R
@@ -215,9 +226,10 @@ def make_table(many, folder):
             "Difference": f"{without(others_told, told)} − {without(told, others_told)}",
             "Where": ", ".join(setting for setting in told if setting in others_told),
         }
+        few = min(independent(runs), independent(others)) < 3
         for name in COMPARED:
             sides = ([(s.summary[name]["value"], s.draws[name]) for s in side] for side in (others, runs))
-            difference, ends, general = compare(*sides)
+            difference, ends, general = compare(*sides, few)
             row[METRICS[name]] = format_difference(difference, ends)
         pairs.append(row | {"Holds for": "other seeds" if general else "these trained models only"})
     text = f"In percent, on {len(many[0].faces)} faces of {folder}: mean ± standard deviation over seeds, "
