@@ -341,11 +341,11 @@ def print_results(scored):
         "F1 and precision average over": absent and ", ".join(summary["classes_of_f1_and_precision"]),
         "the model was trained without": ", ".join(summary["classes_never_learned"]),
         "left out, since the range of ages crosses groups": summary["left_out_across_groups"],
-        "left out by --unseen, near-duplicates included": summary["left_out_by_unseen"],
+        "left out by --unseen, with the near-duplicates that split.csv names": summary["left_out_by_unseen"],
         "left out of subgroups by gender, since it is unknown": summary["unknown_gender"],
         "left out of subgroups by race, since it is unknown": summary["unknown_race"],
         "ages that are ranges, where errors count from the nearest year": summary["ages_in_ranges"],
-        "near-duplicates of faces that the model has learned from": leaks["n"],
+        "near-duplicates of faces in train, or for a model of --final in val": leaks["n"],
         "accuracy on these": leaks["n"] and f"{leaks['accuracy']:.2%}",
     }
     for gap in summary["widest_gaps"]:
