@@ -212,9 +212,8 @@ def match_labels(rows: list, names: list[str], source: Path) -> tuple[dict[str, 
     files, labels, reasons, stems = defaultdict(list), {}, {}, {}
     for name in names:
         files[posixpath.basename(composed(name))].append(name)
-    files |= {
-        composed(posixpath.normpath(name)): [name] for name in names
-    }  # a path counts before others' bare names
+    # A path counts before others' bare names.
+    files |= {composed(posixpath.normpath(name)): [name] for name in names}
     for file, label in rows:
         path = file.replace("\\", "/")
         if posixpath.isabs(path):  # as it is spelled, or else by where it leads
