@@ -242,9 +242,8 @@ def open_pictures(paths, every) -> Iterator[Picture]:
         fps, count = video.get(cv2.CAP_PROP_FPS) or 25, int(video.get(cv2.CAP_PROP_FRAME_COUNT))
         frame = second = 0
         while video.grab():
-            second = (
-                round(video.get(cv2.CAP_PROP_POS_MSEC) / 1000, 3) or frame / fps
-            )  # frames may differ in length
+            # Frames may differ in length.
+            second = round(video.get(cv2.CAP_PROP_POS_MSEC) / 1000, 3) or frame / fps
             if frame % every == 0:
                 image = cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
                 yield Picture(path, image, frame, second, fps / every)
