@@ -346,8 +346,9 @@ def main(args):
             remove_other_labels(output, [name for name, *_ in files], jobs, args.overwrite)
         missing = [job for job in jobs if args.overwrite or not is_written(output, job[1])]
         results = write_pairs(missing, write, args.workers)
-    for (_, stem, _), (_, _, reason) in zip(missing, results):
-        if reason:
+    failed = {name for name, _, reason in results if reason}
+    for name, stem, _ in missing:
+        if name in failed:
             remove_pair(output, stem)  # that an earlier run has made of it
     skipped = sorted([*skipped, *((name, reason) for name, _, reason in results if reason)])
     written = sum(not reason for _, _, reason in results)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -48,6 +49,11 @@ def parse(*argv):
     parser.add_argument("--plain", action="store_true", help="a switch")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
     return parse_args(parser, [str(argument) for argument in argv])
+
+
+def test_a_scripts_own_section_beats_the_top(tmp_path):
+    (tmp_path / "c.yaml").write_text("split: {seed: 5}\nseed: 4\n")
+    assert parse("--config", tmp_path / "c.yaml").seed == 5
 
 
 def test_flags_beat_config_beats_defaults(tmp_path):
@@ -261,6 +267,13 @@ def test_leftovers_of_killed_runs_go_but_not_those_of_living_ones(tmp_path, monk
     os.utime(tmp_path / ".tmp-young.png", (0, 0))
     monkeypatch.setattr(type(tmp_path), "unlink", Mock(side_effect=PermissionError))
     remove_leftovers(tmp_path)  # tidying up stops no run
+
+
+def test_a_run_of_half_an_hour_is_still_living(tmp_path):
+    (tmp_path / ".tmp-at-work").touch()
+    os.utime(tmp_path / ".tmp-at-work", (time.time() - 1800,) * 2)
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [".tmp-at-work"]
 
 
 def test_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):

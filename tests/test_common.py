@@ -50,6 +50,12 @@ def test_model_size():
     assert sum(parameter.numel() for parameter in MultitaskResNet18().parameters()) <= 12_300_000
 
 
+def test_the_model_sees_what_the_backbone_alone_does():
+    torch.manual_seed(0)
+    model, images = MultitaskResNet18().eval(), torch.randn(2, 3, 64, 64)
+    assert torch.allclose(model(images)[0], model.head(model.backbone(images)), atol=1e-5)
+
+
 def test_model_refuses_other_sides():
     with pytest.raises(ValueError, match="multiples of 32"):
         MultitaskResNet18()(torch.randn(1, 3, 64, 80))
@@ -164,12 +170,13 @@ def test_nt_xent_of_coinciding_embeddings(count):
     assert nt_xent_loss(z, 3 * z, 0.07).item() == pytest.approx(math.log(2 * count - 1), abs=1e-5)
 
 
-def test_nt_xent_under_autocast_equals_float32():
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_under_autocast_equal_float32(name):
     torch.manual_seed(0)
-    z1, z2 = torch.randn(2, 16, 32)
+    z, ages = torch.randn(32, 32), torch.arange(16).repeat_interleave(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = nt_xent_loss(z1, z2, 0.05)
-    assert inside.item() == pytest.approx(nt_xent_loss(z1, z2, 0.05).item(), abs=1e-6)
+        inside = LOSSES[name][0](z, ages, 0.05)
+    assert inside.item() == pytest.approx(LOSSES[name][0](z, ages, 0.05).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("ages", [[1, 2, 3, 4], [30, 30, 30, 30]])
@@ -312,6 +319,28 @@ def test_augmentations_hold_what_they_name(drawn, augmentation, least):
     assert len({x.tobytes() for x in draws["RandomResizedCrop"]}) > 190
 
 
+def test_erasing_leaves_the_mask_whole_and_turning_no_black_corner():
+    face, mask = np.full((64, 64, 3), 255, np.uint8), np.full((64, 64), 255, np.uint8)
+    for step in supervised_augmentation(64):
+        if isinstance(step, A.CoarseDropout | A.Rotate):
+            alone, least = A.Compose([step]), []
+            for index in range(60):
+                seed_augmentation(alone, index)
+                drawn = alone(image=face, mask=mask)
+                least.append(drawn["image"].min())
+                assert drawn["mask"].min() == 255
+            assert (min(least) < 255) == isinstance(step, A.CoarseDropout)
+
+
+def test_faces_and_seeds_draw_differently(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    for i in range(2):
+        write_pair(tmp_path, f"30_0_0_{i}", image)
+    datasets = [FaceDataset(tmp_path, 32, supervised_augmentation, seed=seed) for seed in (0, 1)]
+    drawn = {data[(5, index)]["image"].numpy().tobytes() for data in datasets for index in (0, 1)}
+    assert len(drawn) == 4
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
     noise_pairs(tmp_path, [1, 10, 20, 30, 50, 70, 80, 90])
     batches = {}
@@ -396,6 +425,14 @@ def test_scores_of_a_dataset_come_in_its_order(tmp_path):
     iou = torch.minimum(rows, truth) / torch.maximum(rows, truth)
     assert torch.allclose(overlaps[:, 0], iou.double()) and len(iou.unique()) > 2
     assert years is None
+
+
+def test_pixels_that_are_less_than_half_face_are_none(tmp_path):
+    mask = np.zeros((96, 96), np.uint8)
+    mask[:, 0] = 255  # a third of the first column of 32
+    write_pair(tmp_path, "30_0_0_1", np.zeros((96, 96, 3), np.uint8), mask)
+    overlaps = common.score_dataset(ColourModel(), FaceDataset(tmp_path, 32), CPU)[2]
+    assert overlaps.tolist() == [[1, 1]]  # none is predicted either
 
 
 def test_dataset_is_rgb(tmp_path):
@@ -528,6 +565,24 @@ def test_flip_averaging_is_blind_to_mirroring():
     assert torch.allclose(infer(model, images)[0], model(images)[0])
 
 
+class OneSided(torch.nn.Module):
+    """Sees only the left: 20 years where it is bright, else 60."""
+
+    by_year = flip_averaging = True
+
+    def forward(self, images, heads):
+        years = torch.where(images[:, 0, 0, 0] > 0, 20, 60)
+        return 50 * F.one_hot(years, common.YEARS).float(), images[:, :1], None
+
+
+def test_flip_averaging_averages_years_and_masks():
+    images = torch.ones(1, 3, 32, 32)
+    images[..., 16:] = -2
+    logits, years, masks = infer(OneSided(), images)
+    assert logits.softmax(dim=1)[0, [2, 4]].tolist() == pytest.approx([0.5, 0.5])
+    assert years[0, 1:].tolist() == [20, 60] and torch.equal(masks, images[:, :1])
+
+
 def test_heads_say_what_they_learn():
     model = common.make_model({"age_sigma": 2, "attribute_weight": 0.3}, training=True)
     images = torch.randn(2, 3, 64, 64)
@@ -549,6 +604,15 @@ def test_provenance_travels_along_the_chain(tmp_path):
         found = common.init_backbone(backbone, str(tmp_path / "a.pt"))
         assert found["train_hashes"].tolist() == [1, 2] and found["val_hashes"].tolist() == [3]
         assert found["pretraining"] == {"image_size": 32, "final": final}
+
+
+def test_a_final_checkpoint_counts_wherever_it_stands(tmp_path):
+    backbone, none = MultitaskResNet18().backbone, torch.empty(0, dtype=torch.int64)
+    weights = {f"backbone.{name}": values for name, values in backbone.state_dict().items()}
+    for own, before in ((True, {}), (True, {"final": False}), (False, {"final": True})):
+        held = {"weights": weights, "pretraining": before, "train_hashes": none}
+        save_checkpoint(tmp_path / "a.pt", "model", Namespace(image_size=32, final=own), **held)
+        assert common.init_backbone(backbone, str(tmp_path / "a.pt"))["pretraining"]["final"] is True
 
 
 def test_checkpoints_are_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):

@@ -317,6 +317,22 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
         assert float(row[f"p{row['predicted']}"]) == pytest.approx(scores[stem], abs=1e-5)
 
 
+def test_unseen_leaves_out_near_duplicates_of_train(known, scores, tmp_path):
+    data, stem = shutil.copytree(known.data, tmp_path / "d"), min(known.right)
+    lines = ["file,split,duplicate_of", f"{stem}_image.png,test,", f"x_image.png,train,{stem}_image.png"]
+    (data / "split.csv").write_text("\n".join(lines) + "\n")
+    path, cpu = untrained(tmp_path / "m.pt"), torch.device("cpu")
+    found = score_model(path, data / "test", cpu, torch.float32, unseen=True)
+    assert found.summary["left_out_by_unseen"] == 1 and stem not in {face.stem for face in found.faces}
+
+
+def test_copies_stay_together_among_single_faces():
+    right, labels = np.array([1, 1, 1, 0, 1, 0, 0, 0, 0, 1]) > 0, np.repeat(["b", "a"], 5)
+    clusters = np.column_stack([np.tile(np.arange(10), 9), np.arange(10, 100)]).ravel()
+    right = np.column_stack([np.tile(right, 9), np.ones(90, bool)]).ravel()  # a copy, a single, a copy, …
+    assert metrics.gap_p_value(right, np.tile(labels, 9).repeat(2), clusters) > 0.1
+
+
 def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(known, scores, tmp_path, cli, no_figures):
     data = shutil.copytree(known.data, tmp_path / "d")
     stems = list(known.right)

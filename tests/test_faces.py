@@ -177,6 +177,15 @@ def test_faces_side_by_side_are_two(detector):
         assert np.allclose(crop.landmarks, POINTS + crop.box[:2] + BOX / 2, atol=8)
 
 
+def test_landmarks_are_those_of_the_face_upright(monkeypatch):
+    face, straight = np.full((2, 1, 15), 10.0)
+    face[0, 4:14], straight[0, 4:14] = (faces.LANDMARKS * 9).ravel(), (faces.LANDMARKS * 10).ravel()
+    looks = iter([face, face[:0], face[:0], face[:0], straight])
+    monkeypatch.setattr(faces, "look_through", lambda *_: next(looks))
+    best, quarters = faces.look_closely(None, None, face[0])
+    assert quarters == 0 and np.array_equal(best[4:14], straight[0, 4:14])
+
+
 def test_boxes_lie_in_the_picture(detector):
     picture, _ = photograph([(104, 80)])
     (crop,) = faces.find_crops(picture[:, 72:], faces.open_detector(detector))
@@ -189,6 +198,11 @@ def crop_at(landmarks, picture, box=(0, 0, 1, 1)):
     """The crop of a face with these landmarks, (5, 2), and this box."""
     (crop,) = faces.find_crops(picture, lambda _: np.array([[*box, *landmarks.ravel(), 1]]))
     return crop
+
+
+def test_what_lies_beyond_the_edge_is_as_the_edge():
+    picture = np.full((100, 100, 3), 90, np.uint8)
+    assert (crop_at(faces.LANDMARKS * 60 - 20, picture).pixels == 90).all()
 
 
 @pytest.mark.parametrize("scale, degrees, x, y", [(90, 20, 40, 12), (110, -15, 120, 50), (64, 0, 30, 30)])

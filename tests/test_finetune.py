@@ -7,7 +7,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import common
 import finetune
 import training
 from common import FaceDataset, load_checkpoint, load_model, make_model, score_dataset
@@ -54,6 +56,31 @@ def test_writes_model_history_and_curves(drawn, tmp_path, cli, monkeypatch):
     right = score_dataset(model, val, CPU)[0].argmax(dim=1) == val.labels["group"]
     assert right.double().mean() == pytest.approx(checkpoint["val"]["val_accuracy"], abs=0.001)
     assert torch.equal(checkpoint["val_hashes"], val.hashes.unique())
+
+
+def test_the_history_holds_what_its_columns_name(drawn, tmp_path, cli, monkeypatch, small_model):
+    losses = torch.tensor([[9.0, 2.0, 1.0], [9.0, 4.0, 0.0]])
+    monkeypatch.setattr(training, "train_one_epoch", lambda *_: losses)
+
+    def score(_, data, device):
+        return torch.zeros(len(data), 6), None, torch.tensor([[0.25, 0.4]] * len(data))
+
+    monkeypatch.setattr(common, "score_dataset", score)
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1]
+    flags += ["--out", tmp_path / "m.pt", "--multitask", "--lr", 0.01, "--lr-strategy", "differentiated"]
+    assert cli("finetune", *flags)[0] == 0
+    [row] = history(tmp_path / "m.csv")
+    found = [float(row[name]) for name in ("train_loss", "train_mask_loss", "val_mask_iou", "lr")]
+    assert found == pytest.approx([3, 0.5, 0.25, 0.01])
+
+
+def test_a_range_of_ages_is_learned_as_a_range():
+    logits, spread = torch.randn(2, 101), torch.tensor([4.5, 0.0])
+    batch = {"image": None, "age": torch.tensor([24.5, 70.0]), "spread": spread}
+    expected = F.cross_entropy(logits, common.soft_age_labels(batch["age"], 2.0, spread))
+    args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=2.0)
+    found = finetune.multitask_losses(lambda _, heads: (logits, None, None), batch, args)
+    assert found[1] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def add_one(model):

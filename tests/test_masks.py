@@ -1,7 +1,9 @@
 import csv
 import io
 import os
+import shutil
 import tarfile
+import time
 import zipfile
 from unittest.mock import Mock
 
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import synthesize
 from cli import atomic_path
 from conftest import shell
 from inputs import open_files
-from masks import HEIGHT, TURN, WIDTH, grabcut_mask, oval
-from utkface import parse_name
+from masks import HEIGHT, TURN, WIDTH, grabcut_mask, network_mask, oval, write_pairs
+from utkface import age_to_group, parse_name
 
 
 def read(path, flags=cv2.IMREAD_UNCHANGED):
@@ -292,6 +295,43 @@ def test_resumes_with_what_is_missing(raw, tmp_path, cli, refuse, monkeypatch):
     refuse("masks", "--input", raw, "--output", out, words=[names[0], "delete it"])
 
 
+def test_only_what_fails_is_removed(raw, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr("masks.write_pairs", lambda *a: write_pairs(*a)[::-1])  # threads end in any order
+    shutil.copytree(raw, tmp_path / "in")
+    min((tmp_path / "in").iterdir()).write_bytes(b"no image")
+    code, out, _ = cli("masks", "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert code == 0 and "11 pairs written" in out and len(pairs(tmp_path / "out")) == 22
+
+
+def test_an_archive_is_read_by_one_thread_at_a_time():
+    busy = []
+
+    def read():
+        busy.append(1)
+        for _ in range(20):
+            time.sleep(0)  # lets the others go
+        alone = len(busy) == 1
+        busy.pop()
+        return alone
+
+    jobs = [(f"{i}.jpg", str(i), read) for i in range(100)]
+    results = write_pairs(jobs, lambda alone, _: [alone], workers=4)
+    assert all(alone for _, [alone], _ in results)
+
+
+def test_one_file_that_cannot_be_read(raw, tmp_path, cli, monkeypatch):
+    locked, read_bytes = min(raw.iterdir()), type(raw).read_bytes
+
+    def read(path):
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(type(raw), "read_bytes", read)
+    assert "11 pairs written" in cli("masks", "--input", raw, "--output", tmp_path)[1]
+    assert skipped(tmp_path) == {locked.name: "cannot be read: Permission denied"}
+
+
 def test_masks_agree_with_the_truth(drawn):
     overlaps = []
     for path in sorted((drawn / "dataset/processed").glob("*_mask.png")):
@@ -362,6 +402,16 @@ def test_face_parsing_network(raw, tmp_path, cli):
         assert 0 < expected.mean() < 1 and np.array_equal(found[clear], expected[clear])
 
 
+def test_a_parsing_network_on_a_picture_that_is_not_square(tmp_path):
+    weight = parsing_network(tmp_path / "parsing.onnx")
+    image = np.random.default_rng(0).integers(0, 256, (4, 3, 3), np.uint8)
+    image = cv2.resize(image, (96, 128), interpolation=cv2.INTER_NEAREST)  # of 32-pixel tiles
+    mask = network_mask(image, str(tmp_path / "parsing.onnx"))
+    logits = ((image[..., ::-1] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]) @ weight.T
+    expected = np.isin(logits.argmax(axis=2), range(1, 14))
+    assert mask.shape == (128, 96) and ((mask > 0) == expected).mean() > 0.9
+
+
 def test_bad_input(raw, tmp_path, refuse):
     out = ["--output", tmp_path / "out"]
     (tmp_path / "empty").mkdir()
@@ -388,6 +438,18 @@ def test_bad_input(raw, tmp_path, refuse):
 
 
 # Drawn faces
+
+
+def test_drawn_faces_have_the_shares_the_colours_and_the_seed_that_are_said(tmp_path, cli, monkeypatch):
+    ages = [age for _, age, *_ in synthesize.plan_faces(20_000, 0)]
+    assert np.bincount(age_to_group(ages)) / 20_000 == pytest.approx(synthesize.SHARES, abs=0.02)
+    monkeypatch.setattr("synthesize.plan_faces", lambda *_: [("30_0_0_1", 30, 0, 0)])
+    for seed in (0, 1):  # the same labels
+        assert cli("synthesize", "--count", 1, "--seed", seed, "--output", tmp_path / str(seed))[0] == 0
+    first, second = (read(next((tmp_path / seed).iterdir())) for seed in "01")
+    assert not np.array_equal(first, second)
+    blue, _, red, _ = cv2.mean(first, read(tmp_path / "0_masks/30_0_0_1_mask.png"))
+    assert red > blue
 
 
 def test_drawn_faces_from_any_folder(tmp_path, cli, refuse):

@@ -359,6 +359,15 @@ def test_a_corrected_table_replaces_a_pair_only_when_told(faces, tmp_path, cli, 
     assert len(list((tmp_path / "out").glob("*_mask.png"))) == 1
 
 
+def test_a_corrected_label_of_a_path_with_underscores(faces, tmp_path, cli):
+    flags = ["--input", tmp_path / "in", "--labels", tmp_path / "t.csv", "--output", tmp_path / "out"]
+    save(tmp_path / "in/a_b/1_2.png", faces[0][0])
+    for age, overwrite in ((30, []), (31, ["--overwrite"])):
+        write_table(tmp_path / "t.csv", [["file", "age"], ["a_b/1_2.png", age]])
+        assert cli("masks", *flags, *overwrite)[0] == 0
+    assert [face.age for face in list_pairs(tmp_path / "out")] == [31]
+
+
 def test_pairs_of_another_input_are_counted(faces, tmp_path, cli):
     for i in range(3):
         save(tmp_path / f"{i % 2}/{i}.png", faces[i][0])

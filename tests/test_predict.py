@@ -251,6 +251,12 @@ def test_pixels_are_not_decoded_to_tell_a_photograph(tmp_path, monkeypatch):
     assert not drawing.is_own(tmp_path / "a.png") and decoded == []
 
 
+def test_outputs_lie_as_their_pictures_do(tmp_path):
+    for name in "ab":
+        place = drawing.output_path(tmp_path / f"in/{name}/x.png", "m", tmp_path / "in", "_0_mask.png")
+        assert place == Path(f"m/{name}/x.png_0_mask.png")
+
+
 def test_a_narrow_picture_is_not_enlarged_beyond_memory():
     assert drawing.draw_faces(np.zeros((16, 9000, 3), np.uint8), []).size == (9000, 16)
     assert drawing.draw_faces(np.zeros((90, 100, 3), np.uint8), []).size == (400, 360)
@@ -468,6 +474,19 @@ def test_videos(model, detector, tmp_path, cli, monkeypatch):
     assert "failed: the path of a video must be UTF-8" in err
 
 
+def test_what_follows_a_video_is_drawn_as_well_and_in_its_colours(model, tmp_path, cli):
+    red = np.full((64, 64, 3), (0, 0, 200), np.uint8)  # BGR
+    writer = cv2.VideoWriter(str(tmp_path / "a.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
+    writer.write(red)
+    writer.release()
+    cv2.imwrite(str(tmp_path / "b.png"), red)
+    flags = ["--checkpoint", model, *ALIGNED, "--overlay", "o"]
+    assert cli("predict", "a.avi", "b.png", *flags, cwd=tmp_path)[0] == 0
+    assert sorted(os.listdir(tmp_path / "o")) == ["a.avi.mp4", "b.png"]
+    blue, _, red = cv2.VideoCapture(str(tmp_path / "o/a.avi.mp4")).read()[1].mean(axis=(0, 1))
+    assert red > blue + 50
+
+
 def test_frames_of_uneven_length(monkeypatch):
     """Seconds are those at which frames are shown, and a whole video is not said to break off."""
     shown = [i / 30 for i in range(45)] + [1.5 + i / 15 for i in range(45)]
@@ -551,6 +570,31 @@ def test_from_python(drawn, model):
             predict.predict(loaded, Image.new(mode, (80, 80)))
 
 
+def test_faces_beyond_a_batch(model, monkeypatch):
+    loaded = predict.load(model, aligned=True, device="cpu")
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    crops = [faces.find_crops(picture)[0] for picture in pictures]
+    whole = predict.score(loaded, crops)
+    monkeypatch.setattr(predict, "BATCH", 2)
+    for one, other in zip(predict.score(loaded, crops), whole, strict=True):
+        assert np.allclose(one.probabilities, other.probabilities, atol=1e-5)
+        assert np.allclose(one.crop_mask, other.crop_mask, atol=1e-4)
+
+
+def test_masks_are_probabilities(monkeypatch):
+    said = torch.zeros(1, 6), None, torch.tensor([[[[-2.0, 0.2]]]])
+    monkeypatch.setattr(predict, "infer", lambda *_: said)
+    assert predict.outputs(None, None)["masks"].ravel().tolist() == pytest.approx([0.1192, 0.5498], abs=1e-4)
+
+
+def test_a_face_is_small_by_its_longer_side(model):
+    loaded = predict.load(model, aligned=True, device="cpu")
+    (crop,) = faces.find_crops(np.full((64, 64, 3), 90, np.uint8))
+    for height, score, small in ((30, 0.9, False), (20, 0.9, True), (20, None, False)):
+        (face,) = predict.score(loaded, [crop._replace(box=(0, 0, 20, height), score=score)])
+        assert face.too_small == small
+
+
 def test_pil_images_are_turned_and_laid_on_grey(drawn, model):
     loaded = predict.load(model, aligned=True, device="cpu")
     upright = Image.open(a_face(drawn)).convert("RGB")
@@ -616,6 +660,8 @@ def test_bad_input(model, tmp_path, cli, refuse, monkeypatch):
         "predict", picture, *flags, "--detector", tmp_path / "y.onnx", words=["--detector", "cannot be read"]
     )
     (tmp_path / "y.onnx").write_text("no network")
+    files = ["--detector", tmp_path / "y.onnx", "--csv", tmp_path / "y.onnx"]
+    refuse("predict", picture, *flags, *files, words=["--csv", "would replace"])
     refuse(
         "predict",
         picture,

@@ -11,6 +11,15 @@ from conftest import FAST, noise_pairs
 from pretrain import ContrastiveResNet18, contrastive_loss
 
 
+def test_decimal_ages_attract_in_whole_years(monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "age_contrastive_loss", lambda *args: seen.append(args) or torch.ones(()))
+    args = pretrain.get_parser().parse_args(["--positives", "age"])
+    batch = {"image": torch.randn(4, 8), "age": torch.tensor([31.5, 32.4, 60, 60])}
+    contrastive_loss(lambda images: images, batch, args)
+    assert seen[0][1].tolist() == [32, 32, 60, 60]
+
+
 @pytest.mark.parametrize("positives, epochs", [("rank", 1), ("view", 2)])
 def test_writes_backbone_history_and_curves(drawn, tmp_path, cli, positives, epochs):
     out = tmp_path / "c.pt"

@@ -59,6 +59,18 @@ def test_the_docs_name_every_script_config_and_target():
             parse_args(importlib.import_module(script).get_parser(), arguments)
 
 
+def test_make_table_has_the_defaults_of_the_scripts():
+    done = subprocess.run(["make", "-n", "table", "DATA=a.tar.gz"], cwd=ROOT, capture_output=True, text=True)
+    assert [given for script, given in commands(done.stdout) if script == "table"] == [[]]
+
+
+def test_the_published_recipe_has_none_of_ours():
+    flags = ["--config", str(ROOT / "configs/published.yaml")]
+    args = parse_args(importlib.import_module("finetune").get_parser(), flags)
+    assert (args.age_sigma, args.attribute_weight, args.ema, args.flip_averaging) == (0, 0, 0, False)
+    assert parse_args(importlib.import_module("pretrain").get_parser(), flags).positives == "view"
+
+
 @pytest.mark.parametrize("data", ["my data/x.tar.gz", "/my data/x.tar.gz"])
 def test_make_runs_where_folders_have_spaces(tmp_path, data):
     """A stand-in for the interpreter writes down what it is asked to run, and where."""

@@ -1,10 +1,13 @@
 """The model in weights/: what it holds, and that every script takes it, from any folder."""
 
+import importlib
 import json
 import shutil
+import subprocess
 
+from cli import parse_args
 from common import load_checkpoint, load_model
-from conftest import FAST, ROOT
+from conftest import FAST, ROOT, commands
 from training import choose_device
 
 RELEASED = "weights/age_multitask.pt"
@@ -18,6 +21,21 @@ def test_what_it_holds():
     assert len(checkpoint["train_hashes"]) > 16_000  # of 17,069 faces, some of them the same
     model = load_model(ROOT / RELEASED, choose_device("cpu"))[0]
     assert model.by_year and model.flip_averaging and model.decoder is not None
+
+
+def test_it_was_made_by_make_best():
+    """With --final: so the recipe that is the default, and the config, are those of the released weights."""
+    released = load_checkpoint(ROOT / RELEASED, "model")
+    make = ["make", "-n", "best", "DATA=faces.tar.gz", "FLAGS=--final"]
+    printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True).stdout
+    given = {
+        script: vars(parse_args(importlib.import_module(script).get_parser(), arguments))
+        for script, arguments in commands(printed)
+    }
+    assert given["split"]["fractions"] == released["split"]["fractions"]
+    for script, config in (("pretrain", released["pretraining"]), ("finetune", released["config"])):
+        for key in config.keys() - {"init_sha256"}:
+            assert given[script][key] == config[key], key
 
 
 def test_it_takes_an_exam_from_any_folder(drawn, tmp_path, cli):

@@ -2,6 +2,7 @@ import csv
 import os
 import random
 import shutil
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -204,6 +205,13 @@ def test_shares_hold_for_every_group_despite_duplicates(fractions):
     assert not (splits[:, None] == np.flatnonzero(np.array(fractions) == 0)).any()
 
 
+def test_a_seed_deals_as_it_always_did():
+    """The released weights learned from one such split: another dealing makes its train faces test faces."""
+    components = np.repeat([0, 2, 4, 6, 8, 9, 10, 11], [2, 2, 2, 2, 1, 1, 1, 1])
+    splits = assign(np.zeros(12, int), components, (0.5, 0.25, 0.25), seed=0)
+    assert "".join(map(str, splits)) == "112200002100"
+
+
 def test_a_family_above_its_share_leaves_the_rest_to_the_others():
     components = np.r_[np.zeros(10, int), np.arange(10, 20)]
     splits = assign(np.zeros(20, int), components, (0.25, 0.25, 0.5), seed=0)
@@ -397,6 +405,18 @@ def test_a_link_is_followed_and_other_folders_are_never_replaced(processed, tmp_
     again = ["split", *flags, tmp_path / "s", "--seed", 1, "--overwrite"]
     refuse(*again, words=["model.pt beside a split", "move"])
     assert (tmp_path / "big/model.pt").read_text() == "days of work"
+
+
+def test_pairs_are_copied_where_no_link_can_be_made(tmp_path, cli, monkeypatch):
+    noise_pairs(tmp_path / "p", [1, 2, 30, 40])
+    monkeypatch.setattr("split.os.link", Mock(side_effect=OSError(18, "Invalid cross-device link")))
+    flags = ["--input", tmp_path / "p", "--output", tmp_path / "s", "--fractions", 1, 0, 0]
+    for said in ("written", "already"):
+        code, out, err = cli("split", *flags)
+        assert code == 0 and said in out, err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "s/train").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "p").iterdir()
+    }
 
 
 def test_links_to_pairs_lead_to_the_same_pictures(tmp_path, cli):

@@ -172,6 +172,27 @@ def test_fine_tunings_of_one_pretraining_say_nothing_of_other_seeds():
         assert ("other seeds |" in text, "these trained models only |" in text) == (differ, not differ)
 
 
+def test_ways_to_pretrain_are_compared_with_each_other_and_with_none():
+    many = [model("uniform", 0, 0.7) for _ in range(3)]
+    for scored_model, positives in zip(many, ("view", "rank")):
+        scored_model.checkpoint["pretraining"] = {"positives": positives, "epochs": 5}
+    text = make_table(many, "d")
+    assert text.count("these trained models only |") == 3 and "Other settings" not in text
+
+
+def test_a_seed_twice_is_one_seed():
+    many = [model("uniform", seed, 0.7) for seed in (0, 0, 1)]
+    many += [model("differentiated", seed, 0.75) for seed in range(3)]
+    assert "these trained models only |" in make_table(many, "d")
+
+
+def test_fine_tunings_of_models_are_one_configuration():
+    many = [model("uniform", seed, 0.7, init=f"m{seed}.pt") for seed in range(2)]
+    for scored_model in many:
+        scored_model.checkpoint["pretraining"] = {"multitask": True}
+    assert "| fine-tuned |" in make_table(many, "d")
+
+
 def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkeypatch):
     noise_pairs(tmp_path / "d/val", [2, 10, 20, 30, 50, 70] * 3)
     runs, read = tmp_path / "runs", []
@@ -216,6 +237,23 @@ def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkey
     refuse("table", runs / "c.pt", *flags, words=["none of the 1 files is a model"])
     refuse("table", paths[0], "--data", tmp_path, words=["test"])
     refuse("table", paths[0], *flags[:4], "--results", paths[0] / "r", words=["--results", "written"])
+
+
+def test_models_of_one_name_have_their_own_results(tmp_path, cli, monkeypatch):
+    noise_pairs(tmp_path / "d/test", [30])
+    places = []
+
+    def answer(path, *_, **__):
+        return scored(0.7, load_checkpoint(path, "model"))
+
+    monkeypatch.setattr(table, "score_model", answer)
+    monkeypatch.setattr(table, "measure", lambda *_: None)
+    monkeypatch.setattr(table, "write_results", lambda _, place: places.append(str(place)))
+    for name in "ab":
+        untrained(tmp_path / name / "m.pt")
+    models = "a/m.pt", "b/m.pt", "./a/m.pt"
+    assert cli("table", *models, "--data", "d", *FLAGS, cwd=tmp_path)[0] == 0
+    assert places == ["results/a/m", "results/b/m"]
 
 
 # ------------------------------------------------------------------------------------------------------------

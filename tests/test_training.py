@@ -184,6 +184,16 @@ def test_precision_auto_is_bf16_where_the_processor_has_it(monkeypatch):
             devices.choose_precision("fp16", torch.device(device))
 
 
+def test_precision_auto_on_cuda(monkeypatch):
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+
+        def supported(including_emulation=True, has=has):
+            return has or including_emulation
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert devices.choose_precision("auto", torch.device("cuda")) == dtype
+
+
 def test_copies_wait_unless_pinned_to_cuda(monkeypatch):
     """Apple's GPU reads pageable memory after it was freed."""
     asked = []
@@ -222,10 +232,11 @@ def test_flags_reach_the_training(drawn, tmp_path, cli, epochs):
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
 def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, script):
-    firsts = []
+    firsts, begun = [], []
 
     def look(run, _):
         firsts.append(next(iter(run.loader))["image"])
+        begun.append((run.loader.dataset.seed, run.model.backbone.conv1.weight.detach().clone()))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("training.train_one_epoch", look)
@@ -233,6 +244,7 @@ def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, scri
     for seed in (0, 0, 1):
         assert cli(script, *flags, *FAST, "--seed", seed)[0] == 130
     assert np.array_equal(firsts[0], firsts[1]) and not np.array_equal(firsts[0], firsts[2])
+    assert [seed for seed, _ in begun] == [0, 0, 1] and not torch.equal(begun[0][1], begun[2][1])
 
 
 def test_settings_that_differ():
@@ -290,11 +302,15 @@ def test_what_may_be_continued(drawn, tmp_path, cli, refuse, epochs):
     assert cli(*again)[0] == 0
 
 
-def test_other_masks_are_noticed(drawn):
+def test_other_masks_and_labels_are_noticed(drawn):
     dataset = FaceDataset(drawn / "dataset/processed_split/val", 32)
     before = training.checksum([dataset])
     dataset.masks[0, 0, 0] ^= 255
     assert training.checksum([dataset]) != before != training.checksum([dataset, dataset])
+    for values in dataset.labels.values():
+        before = training.checksum([dataset])
+        values[0] += 1
+        assert training.checksum([dataset]) != before
 
 
 def test_a_finished_pretraining_keeps_its_bytes(drawn, tmp_path, cli, epochs):
@@ -328,6 +344,19 @@ def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse, epochs):
         assert len(list(csv.DictReader(file))) == 1
     (tmp_path / "lr0.01.last.pt").unlink()
     refuse("finetune", *flags, "--out", out, words=["lr0.01.pt is there", "--overwrite"])
+
+
+def test_a_run_killed_after_its_last_epoch_writes_what_is_missing(drawn, tmp_path, cli, epochs, small_model):
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1]
+    flags += ["--out", tmp_path / "m.pt"]
+    assert cli("finetune", *flags)[0] == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ("m.pt", "m.csv", "m.png")}
+    for name in before:
+        (tmp_path / name).unlink()
+    assert cli("finetune", *flags, "--resume")[0] == 0 and len(epochs) == 1
+    for name in ("m.pt", "m.csv"):
+        assert (tmp_path / name).read_bytes() == before[name], name
+    assert (tmp_path / "m.png").is_file()
 
 
 def test_each_epoch_has_its_own_order_and_drops_only_the_rest():

@@ -329,3 +329,5 @@ def test_pixel_hashes():
     assert len({pixel_hash(image) for image in (picture, changed, picture.reshape(60, 80, 3))}) == 3
     hashes = [pixel_hash(np.full((20, 20), grey, np.uint8)) for grey in range(20)]
     assert -(2**63) <= min(hashes) < 0 < max(hashes) < 2**63  # as torch keeps them
+    known = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert pixel_hash(known) == 7580658050685744798  # as in the checkpoints that exist
