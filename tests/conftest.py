@@ -61,7 +61,8 @@ def refuse(cli):
 @pytest.fixture
 def small_model(monkeypatch):
     """A model that trains in no time, where what is learned does not matter."""
-    monkeypatch.setattr("common.resnet18", small_backbone)
+    for module in ("common", "pretrain"):
+        monkeypatch.setattr(f"{module}.resnet18", small_backbone)
 
 
 def script_path(script):

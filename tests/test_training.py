@@ -131,7 +131,7 @@ def test_a_run_goes_on_in_another_precision_of_auto(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def epochs(monkeypatch):
+def epochs(monkeypatch, small_model):
     """Training without its steps; a list of the epochs, and Ctrl-C at those that are put into `stop_at`."""
 
     def train(run, _):
@@ -231,7 +231,7 @@ def test_flags_reach_the_training(drawn, tmp_path, cli, epochs):
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
-def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, script):
+def test_seeds_change_order_and_pictures(drawn, tmp_path, cli, monkeypatch, small_model, script):
     firsts, begun = [], []
 
     def look(run, _):
@@ -346,7 +346,7 @@ def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse, epochs):
     refuse("finetune", *flags, "--out", out, words=["lr0.01.pt is there", "--overwrite"])
 
 
-def test_a_run_killed_after_its_last_epoch_writes_what_is_missing(drawn, tmp_path, cli, epochs, small_model):
+def test_a_run_killed_after_its_last_epoch_writes_what_is_missing(drawn, tmp_path, cli, epochs):
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1]
     flags += ["--out", tmp_path / "m.pt"]
     assert cli("finetune", *flags)[0] == 0
