@@ -252,7 +252,7 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
 
 def describe_difference(old: dict, new: dict) -> str | None:
     """In what the settings of two runs differ, or None. Faces are compared later, by their pixels."""
-    for name in sorted((old.keys() | new.keys()) - {"init", "init_sha256"}):
+    for name in sorted((old.keys() | new.keys()) - {"data", "init", "init_sha256"}):  # older ones hold `data`
         if (old.get(name) or 0) != (new.get(name) or 0):  # a flag that there was not yet was off
             return f"--{name.replace('_', '-')} {old.get(name, 'off')}, not {new.get(name, 'off')}"
     if new["init_sha256"]:

@@ -407,24 +407,18 @@ def test_a_link_is_followed_and_other_folders_are_never_replaced(processed, tmp_
     assert (tmp_path / "big/model.pt").read_text() == "days of work"
 
 
-def test_pairs_are_copied_where_no_link_can_be_made(tmp_path, cli, monkeypatch):
-    noise_pairs(tmp_path / "p", [1, 2, 30, 40])
-    monkeypatch.setattr("split.os.link", Mock(side_effect=OSError(18, "Invalid cross-device link")))
-    flags = ["--input", tmp_path / "p", "--output", tmp_path / "s", "--fractions", 1, 0, 0]
-    for said in ("written", "already"):
-        code, out, err = cli("split", *flags)
-        assert code == 0 and said in out, err
-    assert {p.name: p.read_bytes() for p in (tmp_path / "s/train").iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "p").iterdir()
-    }
-
-
-def test_links_to_pairs_lead_to_the_same_pictures(tmp_path, cli):
+@pytest.mark.parametrize("what", ["other disk", "links"])
+def test_pairs_arrive_whole_from_another_disk_and_through_links(tmp_path, cli, monkeypatch, what):
     noise_pairs(tmp_path / "all", [1, 2, 30, 40])
-    (tmp_path / "some").mkdir()
-    for path in (tmp_path / "all").iterdir():
-        (tmp_path / "some" / path.name).symlink_to(f"../all/{path.name}")
-    flags = ["--input", tmp_path / "some", "--output", tmp_path / "s", "--fractions", 1, 0, 0]
+    source = tmp_path / "all"
+    if what == "links":
+        source = tmp_path / "some"
+        source.mkdir()
+        for path in (tmp_path / "all").iterdir():
+            (source / path.name).symlink_to(f"../all/{path.name}")
+    else:
+        monkeypatch.setattr("split.os.link", Mock(side_effect=OSError(18, "Invalid cross-device link")))
+    flags = ["--input", source, "--output", tmp_path / "s", "--fractions", 1, 0, 0]
     for said in ("written", "already"):
         code, out, err = cli("split", *flags)
         assert code == 0 and said in out, err
