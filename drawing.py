@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cli import UserError, atomic_path
 from faces import place_mask, region
-from utkface import GROUP_NAMES
+from utkface import FORMATS, GROUP_NAMES
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 MADE_BY, MARK = 0x0131, "predict.py"  # in EXIF's field for software
@@ -124,7 +124,7 @@ def open_video(path, rate, size):
 def is_own(path):
     """Whether a file is an overlay or a mask that an earlier run has written."""
     try:
-        with Image.open(path) as header:
+        with Image.open(path, formats=FORMATS) as header:
             if header.format == "PNG" and "exif" not in header.info:
                 return False  # `getexif` would decode all pixels, to look behind them
             return header.getexif().get(MADE_BY) == MARK

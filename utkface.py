@@ -90,7 +90,8 @@ def list_pairs(folder: str | Path, need_masks: bool = True) -> list[Face]:
         if face is None:
             raise UserError(f"{folder / name}: the name does not start <age>_<gender>_<race>_; remove it")
         if need_masks and f"{face.stem}_mask.png" not in names:
-            raise UserError(f"{folder / name} has no {face.stem}_mask.png beside it: run masks.py again")
+            remedy = "run masks.py, then split.py --overwrite"
+            raise UserError(f"{folder / name} has no {face.stem}_mask.png beside it: {remedy}")
     return faces
 
 
@@ -134,6 +135,8 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 MIN_SIDE = 16  # pixels below which a picture shows no face
 MAX_PIXELS = 50_000_000
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # without which OpenCV fills what is missing with grey
+# No others: Pillow hands PostScript to Ghostscript, whatever the file is named. Older versions lack the last.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 MID_GREY = (128, 128, 128, 255)  # what lies under transparent pixels
 
 
@@ -143,7 +146,7 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
     Raises ValueError if it is no whole image, below `MIN_SIDE` a side, or above `max_pixels` in all.
     """
     try:
-        picture = Image.open(io.BytesIO(data))  # reads no pixels yet
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)  # reads no pixels yet
     except Image.DecompressionBombError:
         raise ValueError(f"above {max_pixels // 10**6} million pixels") from None
     except Exception:  # what Pillow raises depends on where a file breaks
@@ -175,7 +178,7 @@ def decode_image(data: bytes, flags: int = cv2.IMREAD_COLOR, max_pixels: int = M
 def page_count(data: bytes) -> int:
     """How many pages an encoded TIFF has, of which `decode_image` reads the first; 1 for what is no TIFF."""
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
         return picture.n_frames if picture.format == "TIFF" else 1
     except Exception:  # what Pillow raises depends on where the chain of pages breaks
         return 1
@@ -211,7 +214,8 @@ def read_pair(folder: str | Path, stem: str, flags: int = cv2.IMREAD_COLOR) -> t
     path = Path(folder) / f"{stem}_mask.png"
     mask = read_image(path, cv2.IMREAD_GRAYSCALE)
     if mask.shape != image.shape[:2]:
-        raise UserError(f"{path} is not of its image's size: delete it and run masks.py again")
+        remedy = "delete it in the folder that masks.py writes, and run masks.py, then split.py --overwrite"
+        raise UserError(f"{path} is not of its image's size: {remedy}")
     return image, mask
 
 

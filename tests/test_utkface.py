@@ -5,15 +5,17 @@ import io
 import os
 import struct
 import zlib
+from unittest.mock import Mock
 from urllib.parse import unquote
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import EpsImagePlugin, Image, ImageOps, features
 
 from cli import UserError
 from conftest import noise_pairs, write_pair
+from drawing import is_own
 from inputs import make_stem
 from utkface import (
     AGE_GROUPS,
@@ -25,6 +27,7 @@ from utkface import (
     decode_image,
     flatten,
     list_pairs,
+    page_count,
     parse_name,
     parse_stem,
     pixel_hash,
@@ -251,6 +254,21 @@ def test_pictures_are_turned_upright(orientation):
     clear = encoded(picture.convert("RGBA"), "PNG", exif=exif)  # by the other way through the decoder
     assert np.abs(decoded(clear) - expected).mean() < 4
     assert np.array_equal(decode_image(clear), flatten(Image.open(io.BytesIO(clear))))
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%transparency: 1\n%%EndComments\nshowpage\n"
+
+
+def test_postscript_is_never_run(tmp_path, monkeypatch):
+    """Pillow would hand it to Ghostscript, whatever the file is named."""
+    run = Mock()
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    Image.open(io.BytesIO(POSTSCRIPT)).load()  # this is one
+    (tmp_path / "a.jpg").write_bytes(POSTSCRIPT)
+    with pytest.raises(ValueError, match="unreadable"):
+        decode_image(POSTSCRIPT)
+    assert not is_own(tmp_path / "a.jpg") and page_count(POSTSCRIPT) == 1
+    assert run.call_count == 1
 
 
 def png_header(width, height):
