@@ -273,10 +273,11 @@ def init_backbone(backbone: nn.Module, init: str) -> dict:
     if init == "imagenet":
         try:
             weights = ResNet18_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network, no space, a broken download
+        except Exception as error:  # no network, no space, a damaged file
+            place = f"put {ResNet18_Weights.DEFAULT.url} into {Path(torch.hub.get_dir(), 'checkpoints')}"
             raise UserError(
-                f"--init imagenet: torchvision could not download the weights ({error}); "
-                "use --init random, or a checkpoint such as --init contrastive.pt"
+                f"--init imagenet: torchvision could not download or read the weights ({error}): {place}, "
+                "or use --init random, or a checkpoint such as --init contrastive.pt"
             ) from None
     else:
         checkpoint = load_checkpoint(init, "contrastive", "model")
@@ -480,6 +481,7 @@ def infer(model: MultitaskResNet18, images: Tensor) -> tuple[Tensor, Tensor | No
 def score_dataset(model, dataset: FaceDataset, device, dtype=torch.float32, batch_size: int = 256) -> tuple:
     """Scores every face of a dataset that has no augmentation, in order; processes take every W-th each.
 
+    batch_size: faces at a time, of sides above 128 pixels fewer, lest memory grow with the pictures.
     Returns group logits float32 (N, 6), years (N, 3) as `age_quantiles` gives them, and IoU and Dice of the
     masks float64 (N, 2), on the CPU; None for what the model has not learned or the dataset lacks.
     """
@@ -489,6 +491,7 @@ def score_dataset(model, dataset: FaceDataset, device, dtype=torch.float32, batc
             dist.broadcast(buffer, 0)
     own = slice(rank(), None, world_size())
     images, masks = dataset.images[own], None if dataset.masks is None else dataset.masks[own]
+    batch_size = max(1, min(batch_size, batch_size * 128**2 // images.shape[1] ** 2))
     batches = []
     for start in range(0, max(len(images), 1), batch_size):
         batch = to_input(images[start : start + batch_size], device)
@@ -551,10 +554,13 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
         checkpoint.setdefault("val_hashes", torch.empty(0, dtype=torch.int64))  # older ones lack it
         types |= {"weights": dict, "train_hashes": Tensor, "val_hashes": Tensor, "pretraining": dict}
     sound = all(isinstance(checkpoint.get(key), expected) for key, expected in types.items())
-    sound = sound and checkpoint["preprocessing"].get("image_size") in range(32, 4097, 32)
+    size = checkpoint["preprocessing"].get("image_size") if sound else None
+    sound = isinstance(size, int) and size in range(32, 4097, 32)
     if sound and "weights" in types:
         pairs = checkpoint["weights"].items()
         sound = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs)
+        hashes = (checkpoint[key] for key in ("train_hashes", "val_hashes"))
+        sound = sound and all((part.dtype, part.layout) == (torch.int64, torch.strided) for part in hashes)
     if not sound:
         raise UserError(f"{path} is damaged: train again")
     return checkpoint

@@ -427,6 +427,23 @@ def test_scores_of_a_dataset_come_in_its_order(tmp_path):
     assert years is None
 
 
+@pytest.mark.parametrize("side, expected", [(128, [4, 3]), (256, [1] * 7), (512, [1] * 7)])
+def test_large_pictures_are_scored_fewer_at_a_time_and_in_the_precision_asked_for(side, expected):
+    """Else a model whose training fits the memory could not be validated."""
+    found = []
+
+    class Recorder(ColourModel):
+        def forward(self, images, heads):
+            found.append((len(images), torch.is_autocast_enabled("cpu")))
+            return super().forward(images, heads)
+
+    dataset = Namespace(images=torch.zeros(7, side, side, 3, dtype=torch.uint8), masks=None)
+    for dtype in (torch.float32, torch.bfloat16):
+        found.clear()
+        assert len(common.score_dataset(Recorder(), dataset, CPU, dtype, batch_size=4)[0]) == 7
+        assert found == [(count, dtype == torch.bfloat16) for count in expected]
+
+
 def test_pixels_that_are_less_than_half_face_are_none(tmp_path):
     mask = np.zeros((96, 96), np.uint8)
     mask[:, 0] = 255  # a third of the first column of 32
@@ -506,7 +523,18 @@ def test_imagenet_without_network_names_the_other_choices(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    with pytest.raises(UserError, match="--init random"):
+    with pytest.raises(UserError, match=r"resnet18-\w+\.pth into .*checkpoints.*--init random"):
+        common.init_backbone(MultitaskResNet18().backbone, "imagenet")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>sign in</html>"])
+def test_a_damaged_file_of_imagenet_weights_is_named(tmp_path, monkeypatch, content):
+    """As a proxy's page that was saved in its place: what is in the cache is not checked again."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub/checkpoints" / os.path.basename(common.ResNet18_Weights.DEFAULT.url)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    with pytest.raises(UserError, match=f"{place.parent}.*--init random"):
         common.init_backbone(MultitaskResNet18().backbone, "imagenet")
 
 

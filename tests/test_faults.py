@@ -362,7 +362,10 @@ def test_damaged_checkpoints_are_named(drawn, train, tmp_path, refuse):
         ("weights", None),
         ("config", [1]),
         ("preprocessing", {"image_size": 33}),
+        ("preprocessing", {"image_size": 64.0}),
         ("train_hashes", "none"),
+        ("train_hashes", torch.zeros(2, dtype=torch.bfloat16)),
+        ("val_hashes", torch.zeros(2, dtype=torch.int64).to_sparse()),
     ):
         torch.save(content | {key: value}, tmp_path / "bad.pt")
         refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["bad.pt is damaged"])
