@@ -2,8 +2,10 @@
 # make run DATA=path/UTKFace.tar.gz   the same on UTKFace, in runs/utkface
 # make best DATA=path/UTKFace.tar.gz  the best recipe at a size for two CPU cores, in runs/best-cpu; hours
 #                                     SIZE=gpu: at the size of configs/gpu.yaml, in runs/best-gpu
-#                                     FLAGS='--seed 1' goes to both trainings
-# make table DATA=path/UTKFace.tar.gz every row of the results table, in runs/utkface; wants a GPU
+#                                     FLAGS='--seed 1' goes to both trainings; where another one lies in the
+#                                     folder, FLAGS='--seed 1 --overwrite'
+# make table DATA=path/UTKFace.tar.gz trains and compares every setting of tools/table.py, in runs/utkface;
+#                                     wants a GPU
 # make test                           the test suite
 # make soak                           the suite's kills, 24 of them
 # Each makes its own .venv first. PYTHON=python3.12 picks another interpreter, for the first time. What was
@@ -12,6 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SIZE ?= cpu
+RESUME := $(if $(findstring --overwrite,$(FLAGS)),,--resume)
 RUN_DIR := runs/$(if $(DATA),utkface,synthetic)
 # Every folder of a run is two below this one, and no path but DATA is absolute: either may hold spaces.
 SCRIPT = cd $(RUN_DIR) && ../../$(BIN)/python ../..
@@ -35,8 +38,8 @@ run: data
 best: CONFIG := --config configs/$(SIZE).yaml
 best: RUN_DIR := runs/best-$(SIZE)$(if $(DATA),,-synthetic)
 best: data
-	$(SCRIPT)/pretrain.py $(CONFIG) --resume $(FLAGS)
-	$(SCRIPT)/finetune.py $(CONFIG) --multitask --lr-strategy differentiated --init contrastive.pt --resume $(FLAGS)
+	$(SCRIPT)/pretrain.py $(CONFIG) $(RESUME) $(FLAGS)
+	$(SCRIPT)/finetune.py $(CONFIG) --multitask --lr-strategy differentiated --init contrastive.pt $(RESUME) $(FLAGS)
 	$(SCRIPT)/evaluate.py
 
 table: data
@@ -49,7 +52,8 @@ soak: .venv/test-installed
 	KILLS=8 $(BIN)/python -m pytest -q tests/test_faults.py -k killed
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/run-installed: requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -r requirements.txt

@@ -42,6 +42,15 @@ def test_a_command_that_no_script_takes_is_found():
     ]  # fmt: skip
 
 
+def test_yardsticks_are_called_as_they_say_themselves():
+    """They are no scripts, and have no parsers."""
+    text = "".join(path.read_text(encoding="utf-8") for path in PLACES)
+    found = re.findall(r"python (tests/\w+\.py)([\w ./-]*)", text)
+    assert len(found) >= 3
+    for script, arguments in found:
+        assert f"    python {script}{arguments.rstrip(' .')}" in (ROOT / script).read_text("utf-8"), arguments
+
+
 def test_the_docs_name_every_script_config_and_target():
     text = "".join(path.read_text(encoding="utf-8") for path in PLACES if path.suffix == ".md")
     for name in [*(f"{name}.py" for name in SCRIPTS), *(p.name for p in ROOT.glob("configs/*.yaml"))]:
@@ -69,6 +78,25 @@ def test_the_published_recipe_has_none_of_ours():
     args = parse_args(importlib.import_module("finetune").get_parser(), flags)
     assert (args.age_sigma, args.attribute_weight, args.ema, args.flip_averaging) == (0, 0, 0, False)
     assert parse_args(importlib.import_module("pretrain").get_parser(), flags).positives == "view"
+
+
+def test_make_best_starts_again_where_it_is_told_to():
+    """--overwrite and --resume contradict each other."""
+    for flags, resumes in (("--final --overwrite", 0), ("--final", 2)):
+        command = ["make", "-n", "best", "DATA=a.tar.gz", f"FLAGS={flags}"]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        assert printed.count("--resume") == resumes and printed.count(flags) == 2
+
+
+@pytest.mark.parametrize("fails", ["-c", "-m"])  # the check of the version, and the venv of a bare Debian
+def test_an_environment_that_could_not_be_made_is_none(tmp_path, fails):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    python = '#!/bin/sh\n[ "$1" = -m ] && mkdir -p .venv/bin && touch .venv/bin/python\n'
+    (tmp_path / "python").write_text(python + f'[ "$1" != {fails} ]\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(["make", "run", "PYTHON=./python"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and not (tmp_path / ".venv").exists(), done.stdout
 
 
 @pytest.mark.parametrize("data", ["my data/x.tar.gz", "/my data/x.tar.gz"])
