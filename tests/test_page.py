@@ -127,7 +127,7 @@ def test_the_page_itself(client):
     """Phones offer the camera, and groups, limits and examples stand there."""
     text = str(client[0].config)
     assert "'file_types': ['image']" in text and text.count("'Example'") == 2
-    for words in ("Infant 0–4", "Older Adult 65 and above", "one group in four is wrong"):
+    for words in ("Infant 0–4", "Older Adult 65 and above", "wrong group for"):
         assert words in text
 
 
@@ -135,4 +135,4 @@ def test_flags(files, refuse, monkeypatch):
     refuse("page", "--aligned", "--detector", "y.onnx", words=["--aligned", "--detector"])
     refuse("page", "--port", 70000, words=["--port"])
     monkeypatch.setitem(sys.modules, "gradio", None)
-    refuse("page", "--checkpoint", files[0], "--aligned", words=["pip install 'gradio>=6'"])
+    refuse("page", "--checkpoint", files[0], "--aligned", words=["pip install -U gradio"])

@@ -21,13 +21,13 @@ import drawing
 import predict
 from utkface import AGE_GROUPS
 
-EXAMPLES = [next(cli.ROOT.glob(f"docs/{age}_*.jpg")) for age in (10, 65)]  # drawn
+EXAMPLES = [cli.ROOT / f"docs/drawn_{age}.jpg" for age in (10, 65)]  # by tools/synthesize.py
 LONGEST = 1600  # pixels of the picture shown, which travels to a phone
 PHONE = 24  # letters of a picture's width over this can be read where it is 390 pixels wide
 ABOUT = """
-Groups: {groups}. An age is an estimate of how old a face looks: one group in four is wrong, and it must not
-decide anything about a person. The range behind it holds the age with a probability of 80 %. The picture
-stays on the machine that serves this page, and is deleted within minutes."""
+Groups: {groups}. An age is an estimate of how old a face looks: the released model names the wrong group for
+one face in four, and none must decide anything about a person. The range behind it holds the age with a
+probability of 80 %. The picture stays on the machine that serves this page, and is deleted within minutes."""
 STYLE = """
 .faces img {width: 100%; max-height: 75vh; object-fit: contain}
 .faces p {border-left: 8px solid; padding: 2px 12px; margin: 12px 0; font-size: 17px; line-height: 1.5}
@@ -88,7 +88,7 @@ def serve(args, uploads):
     try:
         import gradio
     except ImportError:
-        raise cli.UserError("this needs Gradio: pip install 'gradio>=6'") from None
+        raise cli.UserError("this needs gradio: pip install -U gradio") from None
     checkpoint = predict.choose_checkpoint(args.checkpoint)
     loaded = predict.load(checkpoint, args.detector, args.aligned, args.device, args.precision)
     wanted = "one face, cropped and upright" if args.aligned else "any photograph"
