@@ -360,25 +360,38 @@ def write_masks(picture, folder, top, failed):
 def write_drawings(pictures, masks, overlay, top, failed) -> Iterator[Picture]:
     """Passes scored pictures on and writes their masks and overlays into the folders that are given."""
     for path, same in groupby(pictures, key=lambda picture: picture.path):  # a video's frames together
-        place = overlay and drawing.overlay_path(path, overlay, top)
-        append = None
-        with ExitStack() as video:
-            for picture in same:
-                if masks:
-                    write_masks(picture, masks, top, failed)
-                if overlay and (picture.rate or picture.faces):
-                    with others_go_on(failed):
-                        # Read again, since a chunk of photographs would fill the memory.
-                        drawn = drawing.draw_faces(read_picture(picture), picture.faces)
-                        if picture.rate and append is None:
-                            append = video.enter_context(drawing.open_video(place, picture.rate, drawn.size))
-                        if append:
-                            append(drawn)
-                        else:
-                            drawing.write_picture(place, drawn)
-                yield picture
-            with others_go_on(failed):
-                video.close()  # the video takes its place
+        if overlay:
+            draw = draw_video if path.suffix.lower() in drawing.VIDEOS else draw_photograph
+            same = draw(same, drawing.overlay_path(path, overlay, top), failed)
+        for picture in same:
+            if masks:
+                write_masks(picture, masks, top, failed)
+            yield picture
+
+
+def draw_photograph(pictures, place, failed):
+    """Passes a picture, the only one, on and writes its overlay if it has faces."""
+    for picture in pictures:
+        if picture.faces:
+            with others_go_on(failed):  # read again, since a chunk of photographs would fill the memory
+                drawing.write_picture(place, drawing.draw_faces(read_picture(picture), picture.faces))
+        yield picture
+
+
+def draw_video(pictures, place, failed):
+    """Passes the frames of a video on and appends each, drawn, to another one, which is there at the end."""
+    append = None
+    with ExitStack() as video:
+        for picture in pictures:
+            if picture.rate:  # else it only says what is wrong with the video
+                with others_go_on(failed):
+                    drawn = drawing.draw_faces(picture.source, picture.faces)
+                    if append is None:
+                        append = video.enter_context(drawing.open_video(place, picture.rate, drawn.size))
+                    append(drawn)
+            yield picture
+        with others_go_on(failed):
+            video.close()  # the video takes its place
 
 
 def choose_checkpoint(named):
