@@ -207,12 +207,15 @@ class Training:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None  # the moving average of the weights, with --ema
     hashes: Tensor  # int64 (N,), of the faces that it learns from
-    faces: int  # checksum of those and of the ones that it is validated on, with labels and masks
+    data_checksum: int  # of those faces and of the ones that it is validated on, with labels and masks
     provenance: dict  # of the weights that it started from: see `init_backbone`
     epoch: int = 0  # epochs done
     seconds: float = math.nan  # that the last of them took
     history: list[dict] = field(default_factory=list)  # a row an epoch
     best: dict | None = None  # finetune.py's best epoch
+
+
+CARRIED = ("provenance", "epoch", "history", "best")  # from one call to the next, by `.last.pt`
 
 
 def open_run(args: argparse.Namespace, kind: str) -> dict | None:
@@ -306,8 +309,8 @@ def begin_training(
     Raises UserError if the state does not fit, or if the processes of torchrun are not all at one point.
     """
     settings = {key: value for key, value in cli.settings_of(args).items() if key != "init"}
-    faces = checksum([dataset, val] if val else [dataset])
-    checksums = {"faces": faces, "settings": zlib.crc32(repr(settings).encode())}
+    data_checksum = checksum([dataset, val] if val else [dataset])
+    checksums = {"faces": data_checksum, "settings": zlib.crc32(repr(settings).encode())}
     check_ranks_agree({"epochs done": state.get("epoch") if state else 0, **checksums})
     provenance = {} if state else init_backbone(model.backbone, args.init)
     device = choose_device(args.device)
@@ -324,7 +327,7 @@ def begin_training(
         args, kind, model, network, loader, device, dtype, optimizer, scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ema=average_weights(model, decay, scheduler) if decay else None,
-        hashes=dataset.hashes, faces=faces, provenance=provenance,
+        hashes=dataset.hashes, data_checksum=data_checksum, provenance=provenance,
     )  # fmt: skip
     last = cli.beside(args.out, ".last.pt")
     if state is None:
@@ -335,14 +338,14 @@ def begin_training(
         for name, part in stateful_parts(run).items():
             if state[name]:  # empty of a scaler that was off: `auto` is not fp16 on all devices
                 part.load_state_dict(state[name])
-        same_faces = state["faces"] == faces
-        for name in ("provenance", "epoch", "history", "best"):
+        same_data = state["data_checksum"] == data_checksum
+        for name in CARRIED:
             setattr(run, name, state[name])
     except Exception:  # what a damaged file raises depends on where it is damaged
         raise UserError(
             f"{last} does not fit the model, or is of an older version: --overwrite starts again"
         ) from None
-    if not same_faces:
+    if not same_data:
         what = f"other faces, labels or masks than {args.data} holds"
         raise UserError(f"{last} was made with {what}: --overwrite starts again")
     return run
@@ -395,11 +398,9 @@ def finish_epoch(run: Training, figures: dict):
     lr = run.scheduler.get_last_lr()[-1]
     run.history.append({"epoch": run.epoch, **figures, "lr": lr, "seconds": round(run.seconds, 1)})
     if not rank():
-        parts = {name: part.state_dict() for name, part in stateful_parts(run).items()}
-        save_checkpoint(
-            cli.beside(run.args.out, ".last.pt"), f"{run.kind}.last", run.args, **parts, faces=run.faces,
-            provenance=run.provenance, epoch=run.epoch, history=run.history, best=run.best,
-        )  # fmt: skip
+        content = {name: part.state_dict() for name, part in stateful_parts(run).items()}
+        content |= {name: getattr(run, name) for name in ("data_checksum", *CARRIED)}
+        save_checkpoint(cli.beside(run.args.out, ".last.pt"), f"{run.kind}.last", run.args, **content)
         cli.write_csv(cli.beside(run.args.out, ".csv"), run.history)
     shown = "".join(f"{name.replace('_', ' ')} {value:.4f}, " for name, value in figures.items() if value)
     speed = len(run.loader) * run.args.batch_size / run.seconds

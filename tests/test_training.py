@@ -428,6 +428,13 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch):
             training.check_batch_size(size, 100)
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(devices.torch, "empty", Mock())  # no GPU is needed
+    assert str(devices.choose_device("cuda")) == "cuda:3" and str(devices.choose_device("cuda:1")) == "cuda:1"
+    assert str(devices.choose_device("cpu")) == "cpu"
+
+
 def test_usable_device_names(tmp_path, drawn, refuse):
     for device in ("meta", "toaster", "cuda:77", "xpu"):
         flags = ["--data", drawn / "dataset/processed_split", *FAST[:-2], "--device", device]
