@@ -122,7 +122,7 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     summary = {
         "n": int(kept.sum()),
         "left_out_across_groups": across,
-        "left_out_by_unseen": known,
+        "left_out_by_unseen": known if unseen else None,
         "seen_in_training": int(learned[kept].sum()),
         "chose_the_epoch": int(selected_on[kept].sum()),
         "classes_never_learned": checkpoint.get("missing_groups", []),
@@ -336,12 +336,13 @@ def print_results(scored):
     reference = f"perfectly calibrated: {perfect['mean']:.2%} [{low:.2%}, {high:.2%}]"
     print(f"  {'expected calibration error':34}{error:7.2%}  ({reference})")
     absent, leaks = ", ".join(summary["absent_classes"]), summary["near_duplicates_in_train"]
+    unseen = "" if summary["left_out_by_unseen"] is None else str(summary["left_out_by_unseen"])  # 0 is news
     notes = {
         "absent from the truth and left out of the other macro averages": absent,
         "F1 and precision average over": absent and ", ".join(summary["classes_of_f1_and_precision"]),
         "the model was trained without": ", ".join(summary["classes_never_learned"]),
         "left out, since the range of ages crosses groups": summary["left_out_across_groups"],
-        "left out by --unseen, with the near-duplicates that split.csv names": summary["left_out_by_unseen"],
+        "left out by --unseen, with the near-duplicates that split.csv names": unseen,
         "left out of subgroups by gender, since it is unknown": summary["unknown_gender"],
         "left out of subgroups by race, since it is unknown": summary["unknown_race"],
         "ages that are ranges, where errors count from the nearest year": summary["ages_in_ranges"],

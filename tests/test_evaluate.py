@@ -476,7 +476,9 @@ def test_own_faces_with_unknown_labels_and_ranges_of_years(tmp_path, cli, no_fig
     code, out, _ = cli("evaluate", untrained(tmp_path / "m.pt"), *flags)
     summary = json.loads((tmp_path / "r/metrics.json").read_text())
     assert code == 0 and (summary["n"], summary["left_out_across_groups"]) == (4, 1)
-    assert summary["left_out_by_unseen"] == 0
+    assert summary["left_out_by_unseen"] is None and "--unseen" not in out
+    _, out, _ = cli("evaluate", tmp_path / "m.pt", *flags, "--unseen")
+    assert "left out by --unseen, with the near-duplicates that split.csv names: 0\n" in out
     assert (summary["unknown_gender"], summary["unknown_race"], summary["ages_in_ranges"]) == (1, 2, 1)
     assert "the range of ages crosses groups: 1\n" in out and "gender, since it is unknown: 1\n" in out
     rows = read_csv(tmp_path / "r/predictions.csv")
