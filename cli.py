@@ -114,7 +114,8 @@ def script_parser(script: str, description: str) -> Parser:
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help="seed of everything random")
     add("--workers", metavar="N", type=number(int, low=0), default=usable_cores(),
         help="parallel workers (cores)")
-    add("--overwrite", action="store_true", help="replace what an earlier run has written")
+    add("--overwrite", action="store_true",
+        help="replace what an earlier run has written, which for results and predictions needs no flag")
     # fmt: on
     return parser
 
