@@ -365,7 +365,7 @@ def test_damaged_checkpoints_are_named(drawn, train, tmp_path, refuse):
         ("preprocessing", {"image_size": 64.0}),
         ("train_hashes", "none"),
         ("train_hashes", torch.zeros(2, dtype=torch.bfloat16)),
-        ("val_hashes", torch.zeros(2, dtype=torch.int64).to_sparse()),
+        ("val_hashes", torch.zeros(2)),
     ):
         torch.save(content | {key: value}, tmp_path / "bad.pt")
         refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["bad.pt is damaged"])
