@@ -31,7 +31,7 @@ from common import YEARS, FaceDataset, load_model, score_dataset
 from devices import choose_device, choose_precision
 from utkface import GENDERS, GROUP_NAMES, RACES, Face, read_image
 
-FEW = 20  # faces below which a bin of the reliability diagram is marked
+FEW = 20  # faces below which a bin of the reliability diagram is marked, and most intervals say little
 SMALL = 100  # faces below which a subgroup is marked
 SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "within_one_group", "range_coverage")
 
@@ -336,10 +336,12 @@ def print_results(scored):
     reference = f"perfectly calibrated: {perfect['mean']:.2%} [{low:.2%}, {high:.2%}]"
     print(f"  {'expected calibration error':34}{error:7.2%}  ({reference})")
     absent, leaks = ", ".join(summary["absent_classes"]), summary["near_duplicates_in_train"]
+    few = summary["effective_n"] if summary["effective_n"] < FEW else None
     unseen = "" if summary["left_out_by_unseen"] is None else str(summary["left_out_by_unseen"])  # 0 is news
     notes = {
         "absent from the truth and left out of the other macro averages": absent,
         "F1 and precision average over": absent and ", ".join(summary["classes_of_f1_and_precision"]),
+        "unrelated faces, too few for intervals but of shares": few,
         "the model was trained without": ", ".join(summary["classes_never_learned"]),
         "left out, since the range of ages crosses groups": summary["left_out_across_groups"],
         "left out by --unseen, with the near-duplicates that split.csv names": unseen,
