@@ -138,7 +138,7 @@ def read_config(path: str, parser: Parser) -> list[str]:
     """
     try:
         settings = yaml.safe_load(shipped(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"it cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise UserError("it must hold `flag: value` lines")
@@ -221,7 +221,7 @@ def run(main, parser: Parser, argv: list[str] | None = None):
             message += ": make room (disk, memory, docker's --shm-size, ulimit -n), or give --workers 0"
         elif not isinstance(error, UserError) and not getattr(error, "errno", None):  # the system's refusals
             raise
-        print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{parser.prog}: error: {as_text(' '.join(message.split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)
@@ -251,6 +251,11 @@ class Unbreakable:
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+def as_text(path) -> str:
+    """A path, with what in it is no text, or controls a terminal or a table, as backslashes and digits."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], str(path))
 
 
 def own_process():

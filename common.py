@@ -546,8 +546,8 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     kind = checkpoint.get("kind", "foreign") if isinstance(checkpoint, dict) else "foreign"
     if kind not in kinds:
         raise UserError(f"{path} is a {kind} checkpoint, where a {' or '.join(kinds)} one is needed")
-    if checkpoint.get("format_version") != FORMAT_VERSION:
-        version = checkpoint.get("format_version")
+    version = checkpoint.get("format_version")
+    if not isinstance(version, int) or version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, not {FORMAT_VERSION}: train again")
     types = {"config": dict, "preprocessing": dict}
     if not kind.endswith(".last"):

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import lzma
 import os
 import posixpath
 import re
@@ -43,6 +44,9 @@ CROP_ENDING = "_face.jpg"  # APPA-REAL has a crop beside each photograph
 UNSAFE = re.compile(r'[%/\\:*?"<>|\x00-\x1f\x7f\udc80-\udcff]')  # what a file name cannot hold everywhere
 
 
+DAMAGE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
+
+
 @contextmanager
 def open_files(source: Path, output: Path) -> Iterator[tuple[list, list]]:
     """Yields (name, bytes, reader) of each file in a folder, .tar.gz or .zip, and (name, reason) of the rest.
@@ -68,7 +72,7 @@ def refuse_damage(source: Path):
     """Turns what a damaged folder or archive raises into a UserError."""
     try:
         yield
-    except (OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (*DAMAGE, UnicodeDecodeError, lzma.LZMAError, tarfile.TarError) as error:
         reason = str(error).split(":")[0]  # tarfile goes on with a line for each format that it tried
         raise UserError(f"--input {source}: {reason}; give a folder, or a whole .tar.gz or .zip") from None
 
@@ -77,9 +81,17 @@ def read_alone(read: Callable, *args) -> bytes:
     """What `read` returns of a file whose damage is its own: in a folder or a .zip, not in a .tar.gz."""
     try:
         return read(*args)
-    except (OSError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError("encrypted" if "encrypted" in reason else f"cannot be read: {reason}") from None
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """The bytes of a .zip's member, no more than it says that it has."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise RuntimeError("packed in another way than deflate")  # which may unpack to any size at once
+    with archive.open(member) as file:
+        return file.read(member.file_size)
 
 
 def list_folder(folder: Path, output: Path) -> tuple[list, list]:
@@ -94,7 +106,7 @@ def list_zip(archive: zipfile.ZipFile) -> list:
     for member in archive.infolist():
         name = member.filename.replace("\\", "/")  # as some Windows programs write it
         if not name.endswith("/"):
-            files.append((name, member.file_size, partial(read_alone, archive.read, member)))
+            files.append((name, member.file_size, partial(read_alone, read_member, archive, member)))
     return files
 
 
@@ -215,7 +227,7 @@ def match_labels(rows: list, names: list[str], source: Path) -> tuple[dict[str, 
     # A path counts before others' bare names.
     files |= {composed(posixpath.normpath(name)): [name] for name in names}
     for file, label in rows:
-        path = file.replace("\\", "/")
+        path = file.replace("\\", "/").replace("\0", "")
         if posixpath.isabs(path):  # as it is spelled, or else by where it leads
             ways = [os.path.relpath(to(path), to(source)) for to in (os.path.abspath, os.path.realpath)]
             path = min(ways, key=lambda way: way.startswith("../"))

@@ -376,7 +376,8 @@ def main(args):
     for note, text in NOTES.items():
         names = [name for name, notes, _ in results if note in notes]
         if names:
-            print(f"warning: pictures that {text}: {len(names):,}, such as {min(names)}", file=sys.stderr)
+            such = cli.as_text(min(names))
+            print(f"warning: pictures that {text}: {len(names):,}, such as {such}", file=sys.stderr)
     print(
         f"{output}: {total:,} files: {written:,} pairs written, {there:,} already there, {skips}; "
         "see skipped.csv and preview.png"

@@ -10,7 +10,6 @@ Faces are found by YuNet, which is downloaded once into torch.hub's cache. From 
 import hashlib
 import json
 import os
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from PIL import Image
 
 import cli
 import drawing
-from cli import UserError
+from cli import UserError, as_text
 from common import infer, load_model, to_input
 from devices import autocast, choose_device, choose_precision
 from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, Crop, find_crops, open_detector, place_mask
@@ -37,9 +36,11 @@ from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, pa
 AGES = ("predicted_age", "age_low", "age_high")
 RELEASED = "weights/age_multitask.pt"
 READABLE = 24  # pixels of a face's longer side, below which its age cannot be read (docs/model_card.md)
-MAX_PIXELS = 100_000_000  # of a photograph, which takes 0.7 GB while its faces are found
+MAX_PIXELS = 100_000_000  # of a photograph, which takes 0.7 GB, or 1.4 if transparent
+MAX_FRAME = 50_000_000  # pixels of a video's frame, of which more are held
+MAX_BYTES = 2**30  # of a picture's file
 CHUNK = 8  # pictures read while those before are scored
-BATCH = 32  # faces scored at a time
+BATCH = 32  # faces of up to 128 pixels scored at a time, of larger ones fewer
 SUFFIXES = {  # what the decoder reads, where Pillow and OpenCV were built with it
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
     ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -126,9 +127,9 @@ def outputs(model, images) -> dict:
 @torch.inference_mode()
 def score(loaded, crops, masks=True) -> list[Prediction]:
     """What the model says of `Crop`s of its size, whichever pictures they are from."""
-    faces = []
-    for start in range(0, len(crops), BATCH):
-        batch = crops[start : start + BATCH]
+    faces, size = [], max(1, min(BATCH, BATCH * 128**2 // loaded.image_size**2))
+    for start in range(0, len(crops), size):
+        batch = crops[start : start + size]
         images = torch.from_numpy(np.stack([crop.pixels for crop in batch]))  # B×S×S×3
         with autocast(loaded.device, loaded.dtype):
             said = outputs(loaded.model, to_input(images, loaded.device))
@@ -239,13 +240,19 @@ def open_pictures(paths, every) -> Iterator[Picture]:
             yield Picture(path, path, reason=str(error))
             continue
         video = cv2.VideoCapture(str(path))
+        if video.get(cv2.CAP_PROP_FRAME_WIDTH) * video.get(cv2.CAP_PROP_FRAME_HEIGHT) > MAX_FRAME:
+            yield Picture(path, path, reason=f"frames above {MAX_FRAME // 10**6} million pixels")
+            continue
         fps, count = video.get(cv2.CAP_PROP_FPS) or 25, int(video.get(cv2.CAP_PROP_FRAME_COUNT))
         frame = second = 0
         while video.grab():
             # Frames may differ in length.
             second = round(video.get(cv2.CAP_PROP_POS_MSEC) / 1000, 3) or frame / fps
             if frame % every == 0:
-                image = cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
+                whole, image = video.retrieve()
+                if not whole:
+                    break
+                image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
                 yield Picture(path, image, frame, second, fps / every)
             frame += 1
         if frame == 0:
@@ -259,6 +266,8 @@ def read_picture(picture):
     source = picture.source
     if isinstance(source, np.ndarray):
         return source
+    if isinstance(source, Path) and source.stat().st_size > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES // 2**30} GiB")
     data = source if isinstance(source, bytes) else source.read_bytes()
     image = cv2.cvtColor(decode_image(data, max_pixels=MAX_PIXELS), cv2.COLOR_BGR2RGB)
     picture.pages = page_count(data)
@@ -299,11 +308,6 @@ def score_pictures(pictures, loaded, workers) -> Iterator[Picture]:
 # ------------------------------------------------------------------------------------------------------------
 # What is written
 # ------------------------------------------------------------------------------------------------------------
-
-
-def as_text(path):
-    """A path, with what in it is no text, or controls a terminal or a table, as backslashes and digits."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], str(path))
 
 
 def table_rows(picture, model):

@@ -26,7 +26,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 import cli
-from utkface import GROUP_NAMES, age_to_group, list_pairs, read_pair, resize
+from utkface import GROUP_NAMES, SPLIT_SETTINGS, age_to_group, list_pairs, read_pair, resize
 
 CANDIDATE = 0.90  # correlation of thumbnails, mirrored or not, above which a pair is worth aligning
 AS_THEY_LIE = 0.98  # above which it needs no aligning
@@ -299,7 +299,7 @@ def main(args):
         splits = share_out(groups, pairs, args.fractions, args.seed)
 
     rows, conflicts = tabulate(faces, splits, pairs)
-    settings = {key: getattr(args, key) for key in ("seed", "fractions", "near_duplicate", "random")}
+    settings = {key: getattr(args, key) for key in SPLIT_SETTINGS}
     there = write_split(source, target, rows, conflicts, settings, args.overwrite)
 
     report(groups, splits, args.fractions)

@@ -121,10 +121,14 @@ def walk_files(folder: str | Path, leave_out: Iterable = ()) -> tuple[list[Path]
     return sorted(files), unreadable
 
 
+SPLIT_SETTINGS = ("seed", "fractions", "near_duplicate", "random")
+
+
 def split_settings(folder: str | Path) -> dict:
-    """What split.py made `folder` with (seed, fractions, near_duplicate, random), {} if others made it."""
+    """The `SPLIT_SETTINGS` that split.py made `folder` with, {} if others made it."""
     try:
-        return dict(yaml.safe_load((Path(folder) / "split.yaml").read_text(encoding="utf-8")))
+        made = dict(yaml.safe_load((Path(folder) / "split.yaml").read_text(encoding="utf-8")))
+        return {key: made[key] for key in SPLIT_SETTINGS if key in made}  # no notes of others
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, yaml.YAMLError):

@@ -338,6 +338,40 @@ def test_one_damaged_member_of_a_zip_does_not_stop_the_others(tmp_path, cli):
     assert f"{contents[1][0]},cannot be read: Bad CRC" in (tmp_path / "out/skipped.csv").read_text()
 
 
+def test_members_that_are_packed_strangely_do_not_stop_the_others(tmp_path, cli):
+    """By bzip2, which unpacks to any size at once; more, and less, than the archive says."""
+    (name, good), *_ = pictures()[0].items()
+    for i, (kind, said) in enumerate([("BZIP2", 0), ("DEFLATED", -1000), ("STORED", 10**6)]):
+        with zipfile.ZipFile(tmp_path / f"{i}.zip", "w") as packed:
+            packed.writestr(name, good)
+            other = zipfile.ZipInfo("1_1_1_20170000000000001.jpg")
+            other.compress_type = getattr(zipfile, f"ZIP_{kind}")
+            packed.writestr(other, bytes(10**6))
+            other.file_size += said
+            other.compress_size += max(said, 0)
+        code, printed, err = cli("masks", "--input", tmp_path / f"{i}.zip", "--output", tmp_path / f"{i}")
+        assert code == 0 and "1 pairs written" in printed and "1 skipped" in printed, err
+        skipped = (tmp_path / f"{i}/skipped.csv").read_text()
+        assert ("another way than deflate" in skipped) == (kind == "BZIP2"), skipped
+
+
+def test_names_that_control_a_terminal_are_shown_as_digits(tmp_path, cli, refuse):
+    image = np.random.default_rng(0).integers(0, 256, (60, 40, 3), np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(image).save(tmp_path / "in/a\x1b[2J.png")
+    (tmp_path / "a.csv").write_text("file,age\na\x1b[2J.png,30\n/b\0.png,30\n")
+    flags = ["--input", tmp_path / "in", "--labels", tmp_path / "a.csv", "--output", tmp_path / "out"]
+    code, _, err = cli("masks", *flags)
+    assert code == 0 and "such as a\\x1b[2J.png" in err and "\x1b" not in err
+    refuse("masks", "--input", tmp_path / "\x1b[2J", words=["\\x1b[2J does not exist"])
+
+
+@pytest.mark.parametrize("text", ["seed: 2024-13-45", "[" * 2000, "seed: \xff"])
+def test_a_config_that_is_no_yaml_is_named(tmp_path, refuse, text):
+    (tmp_path / "c.yaml").write_bytes(text.encode("latin-1"))
+    refuse("split", "--config", tmp_path / "c.yaml", words=["c.yaml", "cannot be read"])
+
+
 def test_no_stage_decodes_a_huge_picture(tmp_path, refuse):
     stem = noise_pairs(tmp_path / "d/train", [30, 50] * 8)[0]
     Image.new("1", (20_000, 20_000)).save(tmp_path / f"d/train/{stem}_image.png")
@@ -369,6 +403,8 @@ def test_damaged_checkpoints_are_named(drawn, train, tmp_path, refuse):
     ):
         torch.save(content | {key: value}, tmp_path / "bad.pt")
         refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["bad.pt is damaged"])
+    torch.save(content | {"format_version": torch.tensor([2, 2])}, tmp_path / "bad.pt")
+    refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["format version"])
     weights = content["weights"] | {"head.bias": content["weights"]["head.bias"] * float("nan")}
     torch.save(content | {"weights": weights}, tmp_path / "bad.pt")
     refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["infinite or NaN"])

@@ -492,29 +492,59 @@ def test_frames_of_uneven_length(monkeypatch):
     shown = [i / 30 for i in range(45)] + [1.5 + i / 15 for i in range(45)]
 
     class Video:
-        frame, count = -1, 134  # as Matroska's length and rate have it
+        frame, count, side, broken = -1, 134, 32, 1000  # as Matroska's length and rate have it
 
         def __init__(self, _):
             pass
 
         def get(self, what):
             now = 1000 * shown[max(self.frame, 0)]
-            return {cv2.CAP_PROP_FPS: 30, cv2.CAP_PROP_FRAME_COUNT: self.count, cv2.CAP_PROP_POS_MSEC: now}[
-                what
-            ]
+            known = {cv2.CAP_PROP_FPS: 30, cv2.CAP_PROP_FRAME_COUNT: self.count, cv2.CAP_PROP_POS_MSEC: now}
+            return known.get(what, self.side)
 
         def grab(self):
             self.frame += 1
             return self.frame < len(shown)
 
         def retrieve(self):
-            return True, np.zeros((32, 32, 3), np.uint8)
+            whole = self.frame < self.broken
+            return whole, np.zeros((32, 32, 3), np.uint8) if whole else None
 
     monkeypatch.setattr(cv2, "VideoCapture", Video)
     frames = list(predict.open_pictures([Path("a.mkv")], 40))
     assert [frame.second for frame in frames] == pytest.approx([0, 1.333, shown[80]], abs=1e-3)
     monkeypatch.setattr(Video, "count", 200)
     assert list(predict.open_pictures([Path("a.mkv")], 40))[-1].reason == "breaks off after 90 of 200 frames"
+    monkeypatch.setattr(Video, "broken", 30)
+    assert list(predict.open_pictures([Path("a.mkv")], 40))[-1].reason == "breaks off after 40 of 200 frames"
+    monkeypatch.setattr(Video, "side", 8000)
+    [refused] = predict.open_pictures([Path("a.mkv")], 40)
+    assert refused.reason == "frames above 50 million pixels"
+
+
+def test_a_file_too_large_for_a_picture_does_not_stop_the_others(model, tmp_path, cli):
+    """Without bytes on the disk, as a file of a virtual machine that bears a picture's name."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    with open(tmp_path / "b.png", "wb") as sparse:
+        sparse.truncate(2**40)
+    flags = ["--checkpoint", model, "--aligned", "--device", "cpu"]
+    code, out, err = cli("predict", tmp_path / "a.png", tmp_path / "b.png", *flags)
+    assert code == 0 and "1 faces in 1 pictures, 1 skipped" in out and "b.png: larger than 1 GiB" in err
+
+
+def test_large_crops_are_scored_fewer_at_a_time(monkeypatch):
+    found = []
+
+    def outputs(_, images):
+        found.append(len(images))
+        return {"probabilities": torch.full((len(images), 6), 1 / 6)}
+
+    monkeypatch.setattr(predict, "outputs", outputs)
+    for side, counts in ((32, [32, 8]), (256, [8] * 5), (1024, [1] * 40)):
+        found.clear()
+        loaded = predict.Loaded(None, side, torch.device("cpu"), torch.float32, None)
+        crop = predict.find_crops(np.zeros((side, side, 3), np.uint8))[0]
+        assert len(predict.score(loaded, [crop] * 40)) == 40 and found == counts
 
 
 @pytest.mark.skipif(not YUNET.exists(), reason="no YuNet here")

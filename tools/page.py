@@ -76,6 +76,7 @@ def get_parser():
 
 def main(args):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # else the browser keeps the pictures
     for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it runs
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost,127.0.0.1", args.host)))
     with tempfile.TemporaryDirectory() as uploads:
@@ -116,7 +117,7 @@ def serve(args, uploads):
     try:
         page.launch(
             server_name=args.host, server_port=args.port, max_file_size="20mb", theme=theme, footer_links=[],
-            css=STYLE, head=SCRIPT,
+            css=STYLE, head=SCRIPT, share=False,
         )  # fmt: skip
     except OSError as error:
         place = f"--host {args.host} or --port {args.port}"
