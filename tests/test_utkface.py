@@ -160,9 +160,7 @@ def test_how_a_split_was_made(tmp_path):
     assert split_settings(tmp_path) == {}
     (tmp_path / "split.yaml").write_text("seed: 3\nrandom: true\n")
     assert split_settings(tmp_path) == {"seed": 3, "random": True}
-    (tmp_path / "split.yaml").write_text(
-        "seed: 3\nmade: 2024-05-01\n"
-    )  # a date, which no checkpoint can hold
+    (tmp_path / "split.yaml").write_text("seed: 3\nmade: 2024-05-01\n")  # a date is nothing for a checkpoint
     assert split_settings(tmp_path) == {"seed": 3}
     for broken in ("seed: [", "", "a word", "made: 2024-13-45"):
         (tmp_path / "split.yaml").write_text(broken)
