@@ -128,7 +128,7 @@ def split_settings(folder: str | Path) -> dict:
     """The `SPLIT_SETTINGS` that split.py made `folder` with, {} if others made it."""
     try:
         made = dict(yaml.safe_load((Path(folder) / "split.yaml").read_text(encoding="utf-8")))
-        return {key: made[key] for key in SPLIT_SETTINGS if key in made}  # no notes of others
+        return {key: value for key, value in made.items() if key in SPLIT_SETTINGS}  # no notes of others
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, yaml.YAMLError):
