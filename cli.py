@@ -364,7 +364,7 @@ def read_table(path: str | Path) -> csv.DictReader:
 
     Raises OSError, ValueError or csv.Error for what is no CSV in UTF-8.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
+    text = Path(path).read_text(encoding="utf-8-sig").replace("\0", "")  # csv refuses it before 3.11
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
 

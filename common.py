@@ -477,11 +477,16 @@ def infer(model: MultitaskResNet18, images: Tensor) -> tuple[Tensor, Tensor | No
     return age_logits.float(), None, mask_logits
 
 
+def faces_at_once(most: int, side: int) -> int:
+    """`most` faces of sides up to 128 pixels, of larger ones fewer, lest memory grow with the pictures."""
+    return max(1, min(most, most * 128**2 // side**2))
+
+
 @torch.inference_mode()
 def score_dataset(model, dataset: FaceDataset, device, dtype=torch.float32, batch_size: int = 256) -> tuple:
     """Scores every face of a dataset that has no augmentation, in order; processes take every W-th each.
 
-    batch_size: faces at a time, of sides above 128 pixels fewer, lest memory grow with the pictures.
+    batch_size: as `faces_at_once` takes it.
     Returns group logits float32 (N, 6), years (N, 3) as `age_quantiles` gives them, and IoU and Dice of the
     masks float64 (N, 2), on the CPU; None for what the model has not learned or the dataset lacks.
     """
@@ -491,7 +496,7 @@ def score_dataset(model, dataset: FaceDataset, device, dtype=torch.float32, batc
             dist.broadcast(buffer, 0)
     own = slice(rank(), None, world_size())
     images, masks = dataset.images[own], None if dataset.masks is None else dataset.masks[own]
-    batch_size = max(1, min(batch_size, batch_size * 128**2 // images.shape[1] ** 2))
+    batch_size = faces_at_once(batch_size, images.shape[1])
     batches = []
     for start in range(0, max(len(images), 1), batch_size):
         batch = to_input(images[start : start + batch_size], device)

@@ -341,7 +341,7 @@ def print_results(scored):
     notes = {
         "absent from the truth and left out of the other macro averages": absent,
         "F1 and precision average over": absent and ", ".join(summary["classes_of_f1_and_precision"]),
-        "unrelated faces, too few for intervals but of shares": few,
+        "unrelated faces, so few that only the intervals of shares hold": few,
         "the model was trained without": ", ".join(summary["classes_never_learned"]),
         "left out, since the range of ages crosses groups": summary["left_out_across_groups"],
         "left out by --unseen, with the near-duplicates that split.csv names": unseen,

@@ -227,7 +227,7 @@ def match_labels(rows: list, names: list[str], source: Path) -> tuple[dict[str, 
     # A path counts before others' bare names.
     files |= {composed(posixpath.normpath(name)): [name] for name in names}
     for file, label in rows:
-        path = file.replace("\\", "/").replace("\0", "")
+        path = file.replace("\\", "/")
         if posixpath.isabs(path):  # as it is spelled, or else by where it leads
             ways = [os.path.relpath(to(path), to(source)) for to in (os.path.abspath, os.path.realpath)]
             path = min(ways, key=lambda way: way.startswith("../"))

@@ -28,7 +28,7 @@ from PIL import Image
 import cli
 import drawing
 from cli import UserError, as_text
-from common import infer, load_model, to_input
+from common import faces_at_once, infer, load_model, to_input
 from devices import autocast, choose_device, choose_precision
 from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, Crop, find_crops, open_detector, place_mask
 from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, page_count, walk_files
@@ -40,7 +40,7 @@ MAX_PIXELS = 100_000_000  # of a photograph, which takes 0.7 GB, or 1.4 if trans
 MAX_FRAME = 50_000_000  # pixels of a video's frame, of which more are held
 MAX_BYTES = 2**30  # of a picture's file
 CHUNK = 8  # pictures read while those before are scored
-BATCH = 32  # faces of up to 128 pixels scored at a time, of larger ones fewer
+BATCH = 32  # faces scored at a time, as `faces_at_once` takes it
 SUFFIXES = {  # what the decoder reads, where Pillow and OpenCV were built with it
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
     ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -127,7 +127,7 @@ def outputs(model, images) -> dict:
 @torch.inference_mode()
 def score(loaded, crops, masks=True) -> list[Prediction]:
     """What the model says of `Crop`s of its size, whichever pictures they are from."""
-    faces, size = [], max(1, min(BATCH, BATCH * 128**2 // loaded.image_size**2))
+    faces, size = [], faces_at_once(BATCH, loaded.image_size)
     for start in range(0, len(crops), size):
         batch = crops[start : start + size]
         images = torch.from_numpy(np.stack([crop.pixels for crop in batch]))  # B×S×S×3

@@ -477,7 +477,7 @@ def test_own_faces_with_unknown_labels_and_ranges_of_years(tmp_path, cli, no_fig
     summary = json.loads((tmp_path / "r/metrics.json").read_text())
     assert code == 0 and (summary["n"], summary["left_out_across_groups"]) == (4, 1)
     assert summary["left_out_by_unseen"] is None and "--unseen" not in out
-    assert "too few for intervals but of shares: 4.0\n" in out
+    assert "so few that only the intervals of shares hold: 4.0\n" in out
     _, out, _ = cli("evaluate", tmp_path / "m.pt", *flags, "--unseen")
     assert "left out by --unseen, with the near-duplicates that split.csv names: 0\n" in out
     assert (summary["unknown_gender"], summary["unknown_race"], summary["ages_in_ranges"]) == (1, 2, 1)

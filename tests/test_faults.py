@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 
 import finetune
+import inputs
 import training
 from cli import usable_cores
 from common import FaceDataset, load_checkpoint
@@ -353,6 +355,38 @@ def test_members_that_are_packed_strangely_do_not_stop_the_others(tmp_path, cli)
         assert code == 0 and "1 pairs written" in printed and "1 skipped" in printed, err
         skipped = (tmp_path / f"{i}/skipped.csv").read_text()
         assert ("another way than deflate" in skipped) == (kind == "BZIP2"), skipped
+
+
+def test_no_more_is_unpacked_than_a_zip_says(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr("a.jpg", bytes(50_000_000), zipfile.ZIP_DEFLATED)
+        packed.infolist()[0].file_size = 1000  # as its directory has it
+    with zipfile.ZipFile(tmp_path / "a.zip") as packed:
+        [member] = packed.infolist()
+        tracemalloc.start()
+        with pytest.raises(zipfile.BadZipFile):
+            inputs.read_member(packed, member)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert member.file_size == 1000 and peak < 10_000_000
+
+
+@pytest.mark.parametrize("kind", ["xz", "zip"])
+def test_archives_that_python_cannot_read_are_named(tmp_path, refuse, kind):
+    """Damage within .xz, and a name that is said to be UTF-8 and is none."""
+    source, name = tmp_path / f"a.{kind}", "30_0_0_20170000000000001é.jpg"
+    if kind == "zip":
+        with zipfile.ZipFile(source, "w") as packed:
+            packed.writestr(name, b"a")
+        source.write_bytes(source.read_bytes().replace("é".encode(), b"\xff\xff"))
+    else:
+        with tarfile.open(source, "w:xz") as packed:
+            member = tarfile.TarInfo(name)
+            member.size = 100_000
+            packed.addfile(member, io.BytesIO(np.random.default_rng(0).bytes(100_000)))
+        whole = source.read_bytes()
+        source.write_bytes(whole[:50_000] + bytes(200) + whole[50_200:])
+    refuse("masks", "--input", source, "--output", tmp_path / "out", words=[source.name, "a whole .tar.gz"])
 
 
 def test_names_that_control_a_terminal_are_shown_as_digits(tmp_path, cli, refuse):
