@@ -77,6 +77,17 @@ def test_medians_of_turns_without_the_first(monkeypatch, capsys):
     assert "".join(order) == "abababab" and printed == [["a", "30.0", ""], ["b", "30.0", "1.00"]]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_is_measured_in_the_precision_asked_for(drawn, cli, monkeypatch, precision):
+    def begin_training(args, *_):
+        raise UserError(f"in {args.precision}")
+
+    monkeypatch.setattr(benchmark.training, "begin_training", begin_training)
+    flags = [*FAST, "training", "--data", drawn / "dataset/raw", "--workers", 0, "--precision", precision]
+    code, _, err = cli("benchmark", *flags)
+    assert code == 2 and f"in {precision}" in err
+
+
 def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, monkeypatch, tmp_path):
     done, precisions, run = [], [], benchmark.run_stage
 

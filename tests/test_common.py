@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 from cli import write_csv
@@ -155,6 +156,12 @@ def test_rank_loss_of_faces_far_apart(spread, temperature):
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert F.cosine_similarity(ours.grad.double().flatten(), truth.grad.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_stay_on_the_device_of_the_embeddings(name):
+    with FakeTensorMode(), torch.device("cuda"):  # devices are checked, nothing is computed
+        assert LOSSES[name][0](torch.randn(4, 8), torch.zeros(4), 0.1).device.type == "cuda"
 
 
 def test_rank_loss_knows_the_order():
@@ -332,6 +339,28 @@ def test_erasing_leaves_the_mask_whole_and_turning_no_black_corner():
             assert (min(least) < 255) == isinstance(step, A.CoarseDropout)
 
 
+def drawn_by(kind, face, count=100):
+    """What the step of this kind, of the augmentation for fine-tuning, makes of a face."""
+    [step] = [step for step in supervised_augmentation(len(face)) if isinstance(step, kind)]
+    alone = A.Compose([step])
+    for index in range(count):
+        seed_augmentation(alone, index)
+        yield alone(image=face)["image"].astype(int)
+
+
+def test_faces_are_turned_a_little():
+    face = np.zeros((96, 96, 3), np.uint8)
+    face[:48] = 200
+    for turned in drawn_by(A.Rotate, face):
+        assert turned[10, 30:66].min() > 100 > turned[85, 30:66].max()  # up stays up
+
+
+def test_skin_stays_of_the_colour_of_skin():
+    for jittered in drawn_by(A.ColorJitter, np.full((32, 32, 3), (200, 150, 120), np.uint8)):
+        red, green, blue = jittered[0, 0]
+        assert red >= green >= blue - 3
+
+
 def test_faces_and_seeds_draw_differently(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     for i in range(2):
@@ -444,6 +473,29 @@ def test_large_pictures_are_scored_fewer_at_a_time_and_in_the_precision_asked_fo
         assert found == [(count, dtype == torch.bfloat16) for count in expected]
 
 
+def test_a_process_without_faces_has_scores_of_none():
+    """Under torchrun, where val holds fewer faces than there are processes."""
+    dataset = Namespace(images=torch.zeros(0, 32, 32, 3, dtype=torch.uint8), masks=None)
+    assert common.score_dataset(ColourModel(), dataset, CPU)[0].shape == (0, 6)
+
+
+def test_scores_are_computed_on_the_device(small_model, monkeypatch):
+    """A fake one, which computes nothing."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(common, "pixel_statistics", common.pixel_statistics.__wrapped__)  # keeps nothing
+    with FakeTensorMode():
+        with cuda:
+            model = common.make_model({"multitask": True, "age_sigma": 2, "flip_averaging": True})
+        pictures = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
+        dataset = Namespace(images=pictures, masks=pictures[..., 0])
+        assert {part.device for part in common.score_dataset(model, dataset, cuda)} == {CPU}
+
+
+def test_a_model_is_loaded_onto_its_device(model):
+    network, _ = common.load_model(model, torch.device("meta"))
+    assert all(values.is_meta for values in network.state_dict().values()) and not network.training
+
+
 def test_pixels_that_are_less_than_half_face_are_none(tmp_path):
     mask = np.zeros((96, 96), np.uint8)
     mask[:, 0] = 255  # a third of the first column of 32
@@ -515,6 +567,14 @@ def test_checkpoints_that_are_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="cannot be read"):
         common.load_checkpoint(path, "model")
     assert "code from a checkpoint" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        args, weights = Namespace(image_size=32), {"w": torch.ones(2)}
+        save_checkpoint(tmp_path / "m.last.pt", "model.last", args, model=weights)
+    assert common.load_checkpoint(tmp_path / "m.last.pt", "model.last")["model"]["w"].device == CPU
 
 
 def test_imagenet_without_network_names_the_other_choices(monkeypatch):
@@ -655,10 +715,13 @@ def test_checkpoints_are_on_the_disk_before_the_old_one_goes(tmp_path, monkeypat
 
 def test_imagenet_weights_are_loaded(monkeypatch, capsys):
     """A stand-in of the download's form: everything but ImageNet's own head must arrive."""
-    weights = common.resnet18().state_dict()
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
+    weights, asked = common.resnet18().state_dict(), []
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url",
+        lambda *_, **options: asked.append(options) or weights,
+    )
     backbone = MultitaskResNet18().backbone
     origin = common.init_backbone(backbone, "imagenet")
     line = capsys.readouterr().out
-    assert torch.equal(backbone.conv1.weight, weights["conv1.weight"])
+    assert torch.equal(backbone.conv1.weight, weights["conv1.weight"]) and asked[0]["check_hash"]
     assert "120 of 120" in line and len(origin["train_hashes"]) == 0 and origin["pretraining"] == {}

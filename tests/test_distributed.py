@@ -120,3 +120,12 @@ def test_shares_of_a_batch_do_not_overlap(monkeypatch):
     for batch, parts in zip(whole, zip(*shares), strict=True):
         assert sorted(key for part in parts for key in part) == sorted(batch)
         assert {len(part) for part in parts} == {2}
+
+
+def test_gpus_share_their_batch_statistics(monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    monkeypatch.setattr(training, "DistributedDataParallel", lambda model, device_ids: model)
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # no GPU is needed
+    modules = list(training.distribute(MultitaskResNet18(), torch.device("cuda", 0)).modules())
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in modules)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)

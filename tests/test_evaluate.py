@@ -134,6 +134,13 @@ def test_a_gap_is_among_large_subgroups_alone():
     assert [row["small"] for row in rows if row["by"] == "race"] == [0, 0, 1]
 
 
+def test_a_subgroup_is_small_below_a_hundred_faces():
+    faces = [Face(str(i), 30, 0, race) for i, race in enumerate([0] * 100 + [1] * 99)]
+    rows, gaps = score_subgroups(answered(faces, np.eye(6)[np.full(199, 3)]))
+    assert [row["small"] for row in rows if row["by"] == "race"] == [0, 1]
+    assert not [gap for gap in gaps if gap["by"] == "race"]
+
+
 def test_calibration_error_and_what_a_perfect_model_would_show():
     confidence = np.repeat([0.9, 0.5], 4)  # half right at 0.9, and all right at 0.5: (0.4 + 0.5) / 2
     assert metrics.calibration_error(confidence, np.array([1, 1, 0, 0, 1, 1, 1, 1])) == pytest.approx(0.45)
@@ -297,6 +304,9 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
     # Those that are right are 3 years off, and in the first year of their range, others before theirs.
     assert summary["within_five_years"] == summary["range_coverage"] == summary["accuracy"]
     assert summary["range_width"] == {"value": 9, "ci95": [9, 9]}
+    near = summary["within_one_group"]  # all but the Black faces
+    assert near["value"] == pytest.approx(260 / 280, abs=1e-6)
+    assert near["ci95"] == pytest.approx(metrics.wilson(260 / 280, 280), abs=1e-5)
     coverage = summary["range_coverage"]["value"]
     assert summary["range_by_group"] == {"Young Adult": {"coverage": coverage, "width": 9}}
     assert f"{'mean absolute error in years':34}{off.mean():7.2f}  [" in out

@@ -18,7 +18,7 @@ import torch
 import export
 import predict
 from cli import run
-from common import to_input
+from common import load_checkpoint, to_input
 from conftest import ROOT, shell, write_model
 from small_model import small_backbone
 from utkface import AGE_GROUPS, GROUP_NAMES
@@ -121,5 +121,8 @@ def test_the_example_in_python_runs(exported, tmp_path):
 @pytest.mark.skipif(not shutil.which("node"), reason="no Node.js here")
 def test_the_example_in_javascript_can_be_read(tmp_path):
     [code] = re.findall(r"```js\n(.*?)```", (ROOT / "docs/onnx.md").read_text(encoding="utf-8"), re.DOTALL)
+    [groups], [size] = re.findall(r"const groups = (.*?);", code), re.findall(r"const size = (\d+);", code)
+    released = load_checkpoint(ROOT / "weights/age_multitask.pt", "model")["preprocessing"]
+    assert json.loads(groups) == GROUP_NAMES and int(size) == released["image_size"]
     (tmp_path / "run.mjs").write_text(code)
     subprocess.run(["node", "--check", "run.mjs"], cwd=tmp_path, check=True)

@@ -258,6 +258,17 @@ def test_import_needs_no_torch():
 # YuNet's file
 
 
+def test_the_detector_comes_from_where_github_serves_large_files():
+    """Its host for raw files gives the pointer of Git LFS instead."""
+    assert faces.DETECTOR_URL.startswith("https://media.githubusercontent.com/media/opencv/opencv_zoo/")
+
+
+def test_faces_less_sure_than_most_are_found(detector, monkeypatch):
+    look, factors = faces.run_network, np.array([1] * 14 + [0.84])  # the last is the score: 0.8
+    monkeypatch.setattr(faces, "run_network", lambda *args: look(*args) * factors)
+    assert len(faces.open_detector(detector)(photograph(PLACES)[0])) == 2
+
+
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
     """A server with files by path, the paths that it was asked for, and an empty cache."""

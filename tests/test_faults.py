@@ -338,6 +338,14 @@ def test_one_damaged_member_of_a_zip_does_not_stop_the_others(tmp_path, cli):
     code, printed, _ = cli("masks", "--input", tmp_path / "a.zip", "--output", tmp_path / "out")
     assert code == 0 and "3 files: 2 pairs written" in printed and "1 skipped" in printed
     assert f"{contents[1][0]},cannot be read: Bad CRC" in (tmp_path / "out/skipped.csv").read_text()
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in contents:
+            packed.writestr(name, data)
+    raw, name = bytearray((tmp_path / "b.zip").read_bytes()), contents[1][0].encode()
+    raw[raw.index(name) + len(name)] = 255  # no block of deflate begins so
+    (tmp_path / "b.zip").write_bytes(raw)
+    code, printed, _ = cli("masks", "--input", tmp_path / "b.zip", "--output", tmp_path / "b")
+    assert code == 0 and "3 files: 2 pairs written" in printed and "1 skipped" in printed
 
 
 def test_members_that_are_packed_strangely_do_not_stop_the_others(tmp_path, cli):

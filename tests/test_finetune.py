@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import finetune
@@ -220,6 +221,25 @@ def test_age_loss_by_hand():
     args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=0)
     found = finetune.multitask_losses(lambda _, heads: (logits[:, :6], None, None), batch, args)
     assert found[1] == pytest.approx(-logits[:, :6].log_softmax(dim=1)[[0, 1], [0, 5]].mean().item())
+
+
+def test_losses_stay_on_the_device_of_the_batch(small_model):
+    with FakeTensorMode(), torch.device("cuda"):  # devices are checked, nothing is computed
+        settings = {"multitask": True, "age_sigma": 2, "attribute_weight": 0.3}
+        model = make_model(settings, training=True)
+        batch = {name: torch.zeros(4, dtype=torch.int64) for name in ("group", "gender", "race")}
+        batch |= {"image": torch.zeros(4, 3, 32, 32), "mask": torch.zeros(4, 1, 32, 32)}
+        batch |= {"age": torch.zeros(4), "spread": torch.zeros(4)}
+        args = Namespace(mask_weight=0.5, attribute_weight=0.3, age_sigma=2.0)
+        assert finetune.multitask_losses(model, batch, args).device.type == "cuda"
+
+
+def test_val_loss_is_the_cross_entropy_of_the_groups_known(monkeypatch):
+    logits, groups = 3 * torch.randn(4, 6), torch.tensor([2, -1, 0, 5])
+    monkeypatch.setattr(common, "score_dataset", lambda *_: (logits, None, None))
+    found = finetune.validate(None, Namespace(labels={"group": groups}), CPU)
+    known = groups >= 0
+    assert found["val_loss"] == pytest.approx(F.cross_entropy(logits[known], groups[known]).item())
 
 
 def test_bad_input(drawn, tmp_path, refuse):

@@ -14,9 +14,9 @@ from PIL import Image
 
 import synthesize
 from cli import atomic_path
-from conftest import shell
+from conftest import ROOT, shell
 from inputs import open_files
-from masks import HEIGHT, TURN, WIDTH, grabcut_mask, network_mask, oval, write_pairs
+from masks import HEIGHT, TURN, WIDTH, grabcut_mask, mask_function, network_mask, oval, write_pairs
 from utkface import age_to_group, parse_name
 
 
@@ -437,6 +437,11 @@ def test_bad_input(raw, tmp_path, refuse):
     assert skipped(tmp_path / "out") == {"face.jpg": "malformed name"}
 
 
+@pytest.mark.parametrize("seed", [2**31, 2**63 - 1])
+def test_any_seed_that_the_flag_takes(seed):
+    assert mask_function("grabcut", seed)(np.full((64, 64, 3), 128, np.uint8)).shape == (64, 64)
+
+
 # Drawn faces
 
 
@@ -450,6 +455,20 @@ def test_drawn_faces_have_the_shares_the_colours_and_the_seed_that_are_said(tmp_
     assert not np.array_equal(first, second)
     blue, _, red, _ = cv2.mean(first, read(tmp_path / "0_masks/30_0_0_1_mask.png"))
     assert red > blue
+
+
+def test_the_docs_show_what_is_drawn():
+    """Each sign of age, colour and label as the README's figures have them."""
+    plan = synthesize.plan_faces(2000, 0)
+    for path in (ROOT / "docs").glob("*.chip.jpg"):
+        stem = path.name.split(".")[0]
+        assert plan[int(stem[-7:])][0] == stem
+    for index, age in ((1475, 10), (454, 65)):
+        rng = np.random.default_rng((0, index))
+        image, _ = synthesize.draw_face(synthesize.sample_looks(rng, *plan[index][1:]), rng)
+        again = cv2.imdecode(cv2.imencode(".jpg", image[..., ::-1])[1], cv2.IMREAD_COLOR)
+        shown = read(ROOT / f"docs/drawn_{age}.jpg").astype(int)
+        assert plan[index][1] == age and np.abs(again - shown).mean() < 2
 
 
 def test_drawn_faces_from_any_folder(tmp_path, cli, refuse):

@@ -275,6 +275,8 @@ def test_a_row_finds_its_file_by_path_or_bare_name(tmp_path):
         (str(tmp_path / "4.jpg"), label), ("4.jpg", label), ("../secret/5.jpg", label), ("/etc/5.jpg", label),
         ("x/5.jpg", label), ("b/1.jpg", label), ("b/1.jpg", other), ("b/1.jpg", label), ("6.jpg", "no age"),
     ]  # fmt: skip
+    both = ["1.jpg", "b/1.jpg"]  # the first's path is the bare name of both
+    assert match_labels([("1.jpg", label), ("b/1.jpg", other)], both, tmp_path)[0].keys() == set(both)
     (tmp_path / "link").symlink_to(tmp_path)  # a row that leads there by another way
     rows.append((os.path.realpath(tmp_path / "7.jpg"), label))
     assert match_labels(rows, [*names, "7.jpg"], tmp_path / "link")[0].keys() >= {"7.jpg"}
@@ -314,6 +316,7 @@ def test_bad_tables(faces, tmp_path, cli, refuse):
         (b"1.png,30\n2.png,40\n", ["no column file", "1.png, 30", "name it there"]),
         (b"file,years\n1.png,30\n", ["no column age", "file, years"]),
         (b"file,age\n\xff\xfe\n", ["UTF-8"]),
+        (b'file,age\n"1.png,30\n' + b"2.png,30\n" * 20_000, ["t.csv cannot be read", "field larger"]),
         (b"file,age\n2.png,30\n3.png,30\n", ["none of its 1 files", "(2) for: no such file", "skipped.csv"]),
     ):
         (tmp_path / "t.csv").write_bytes(content)

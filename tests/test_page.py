@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 import drawing
+import page
 import predict
+from cli import parse_args
 from conftest import script_path
 from test_faces import PLACES, photograph
 
@@ -127,13 +129,40 @@ def test_the_page_itself(client):
     """Phones offer the camera, and groups, limits and examples stand there."""
     text = str(client[0].config)
     assert not client[0].config.get("run_history")  # else the browser keeps the pictures
+    assert client[0].config["analytics_enabled"] is False
+    events = client[0].config["dependencies"]
+    answering = {event["id"] for event in events if event["backend_fn"]}
+    shows = {event["trigger_after"] for event in events if "show('')" in str(event["js"])}
+    assert len(answering) == 3 and shows == answering  # what the script hides is shown again
+    for name in ("answer", "picture"):  # which the script looks for
+        assert f"'elem_id': '{name}'" in text
     assert "'file_types': ['image']" in text and text.count("'Example'") == 2
     for words in ("Infant 0–4", "Older Adult 65 and above", "wrong group for"):
         assert words in text
 
 
+def test_it_listens_here_alone_and_keeps_nothing(tmp_path, monkeypatch):
+    import gradio  # here, since it takes seconds
+
+    launched = []
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: launched.append((self, options)))
+    monkeypatch.setattr(gradio.Blocks, "close", lambda _: None)
+    monkeypatch.setattr(predict, "load", lambda *_: None)
+    monkeypatch.setattr(page, "answer", lambda data, _: data)
+    page.serve(parse_args(page.get_parser(), []), tmp_path)
+    [(blocks, options)] = launched
+    assert (options["server_name"], options["server_port"], options["share"]) == ("127.0.0.1", 7860, False)
+    assert max(blocks.delete_cache) <= 300  # seconds
+    _, *examples = [event.fn for event in blocks.fns.values() if event.fn]
+    assert [press()[0] for press in examples] == [path.read_bytes() for path in page.EXAMPLES]
+
+
 def test_flags(files, refuse, monkeypatch):
     refuse("page", "--aligned", "--detector", "y.onnx", words=["--aligned", "--detector"])
+    aligned = ["--checkpoint", files[0], "--aligned"]
+    refuse("page", *aligned, "--device", "toaster", words=["--device toaster"])
+    refuse("page", *aligned, "--device", "cpu", "--precision", "fp16", words=["--precision fp16"])
     refuse("page", "--port", 70000, words=["--port"])
     monkeypatch.setitem(sys.modules, "gradio", None)
-    refuse("page", "--checkpoint", files[0], "--aligned", words=["pip install -U gradio"])
+    refuse("page", *aligned, words=["pip install -U gradio"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -251,15 +252,42 @@ def test_pixels_are_not_decoded_to_tell_a_photograph(tmp_path, monkeypatch):
     assert not drawing.is_own(tmp_path / "a.png") and decoded == []
 
 
+def test_what_other_programs_have_saved_is_a_photograph(tmp_path):
+    picture, exif = Image.new("RGB", (64, 64)), Image.Exif()
+    exif[0x0131] = "Adobe Photoshop 25.0"
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    drawing.write_picture(tmp_path / "b.jpg", picture)
+    assert not drawing.is_own(tmp_path / "a.jpg") and drawing.is_own(tmp_path / "b.jpg")
+
+
 def test_outputs_lie_as_their_pictures_do(tmp_path):
     for name in "ab":
         place = drawing.output_path(tmp_path / f"in/{name}/x.png", "m", tmp_path / "in", "_0_mask.png")
         assert place == Path(f"m/{name}/x.png_0_mask.png")
+    (tmp_path / "in").symlink_to(tmp_path)  # a link leads nowhere else
+    place = drawing.output_path(tmp_path / "in/x.png", "m", tmp_path / "in", "_0_mask.png")
+    assert place == Path("m/x.png_0_mask.png")
 
 
 def test_a_narrow_picture_is_not_enlarged_beyond_memory():
     assert drawing.draw_faces(np.zeros((16, 9000, 3), np.uint8), []).size == (9000, 16)
     assert drawing.draw_faces(np.zeros((90, 100, 3), np.uint8), []).size == (400, 360)
+
+
+def test_box_and_outline_lie_on_the_face():
+    """In a photograph as it is, and in a small one that is enlarged twice."""
+    mask, black = np.zeros((64, 64)), np.zeros((400, 800, 3), np.uint8)
+    mask[16:48, 16:48] = 1
+    warp = np.array([[1, 0, -500], [0, 1, -50]]) / 200
+    infant = partial(predict.Prediction, "Infant", np.eye(6)[0], None, None, None)
+    face = infant((500, 50, 200, 200), 0.9, None, False, mask, warp, black.shape)
+    drawn = np.asarray(drawing.draw_faces(black, [face], ["1"]))
+    edge = (drawn[96:106, 560:640] == drawing.COLORS["Infant"]).all(axis=2).any(axis=0)
+    assert edge.mean() > 0.8
+    face = infant((120, 50, 60, 100), 0.9, None, False, None, None, (200, 200, 3))
+    drawn = np.asarray(drawing.draw_faces(black[:200, :200], [face], ["1"]))
+    y, x = np.nonzero((drawn == drawing.COLORS["Infant"]).all(axis=2))
+    assert drawn.shape == (400, 400, 3) and abs(x.max() - 360) < 4 and abs(y.max() - 300) < 4
 
 
 def test_what_cannot_be_written_stops_nothing_else(model, tmp_path, cli):
@@ -481,9 +509,10 @@ def test_what_follows_a_video_is_drawn_as_well_and_in_its_colours(model, tmp_pat
     writer.release()
     cv2.imwrite(str(tmp_path / "b.png"), red)
     flags = ["--checkpoint", model, *ALIGNED, "--overlay", "o"]
-    assert cli("predict", "a.avi", "b.png", *flags, cwd=tmp_path)[0] == 0
-    assert sorted(os.listdir(tmp_path / "o")) == ["a.avi.mp4", "b.png"]
-    blue, _, red = cv2.VideoCapture(str(tmp_path / "o/a.avi.mp4")).read()[1].mean(axis=(0, 1))
+    (tmp_path / "a.avi").rename(tmp_path / "a.AVI")  # as cameras name them
+    assert cli("predict", "a.AVI", "b.png", *flags, cwd=tmp_path)[0] == 0
+    assert sorted(os.listdir(tmp_path / "o")) == ["a.AVI.mp4", "b.png"]
+    blue, _, red = cv2.VideoCapture(str(tmp_path / "o/a.AVI.mp4")).read()[1].mean(axis=(0, 1))
     assert red > blue + 50
 
 
@@ -492,14 +521,15 @@ def test_frames_of_uneven_length(monkeypatch):
     shown = [i / 30 for i in range(45)] + [1.5 + i / 15 for i in range(45)]
 
     class Video:
-        frame, count, side, broken = -1, 134, 32, 1000  # as Matroska's length and rate have it
+        frame, count, side, broken, fps = -1, 134, 32, 1000, 30  # as Matroska's length and rate have it
 
         def __init__(self, _):
             pass
 
         def get(self, what):
             now = 1000 * shown[max(self.frame, 0)]
-            known = {cv2.CAP_PROP_FPS: 30, cv2.CAP_PROP_FRAME_COUNT: self.count, cv2.CAP_PROP_POS_MSEC: now}
+            known = {cv2.CAP_PROP_FPS: self.fps, cv2.CAP_PROP_FRAME_COUNT: self.count}
+            known[cv2.CAP_PROP_POS_MSEC] = now
             return known.get(what, self.side)
 
         def grab(self):
@@ -513,6 +543,9 @@ def test_frames_of_uneven_length(monkeypatch):
     monkeypatch.setattr(cv2, "VideoCapture", Video)
     frames = list(predict.open_pictures([Path("a.mkv")], 40))
     assert [frame.second for frame in frames] == pytest.approx([0, 1.333, shown[80]], abs=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Video, "fps", 0)  # of a container that tells none
+        assert next(predict.open_pictures([Path("a.mkv")], 40)).second == 0
     monkeypatch.setattr(Video, "count", 200)
     assert list(predict.open_pictures([Path("a.mkv")], 40))[-1].reason == "breaks off after 90 of 200 frames"
     monkeypatch.setattr(Video, "broken", 30)
@@ -530,6 +563,22 @@ def test_a_file_too_large_for_a_picture_does_not_stop_the_others(model, tmp_path
     flags = ["--checkpoint", model, "--aligned", "--device", "cpu"]
     code, out, err = cli("predict", tmp_path / "a.png", tmp_path / "b.png", *flags)
     assert code == 0 and "1 faces in 1 pictures, 1 skipped" in out and "b.png: larger than 1 GiB" in err
+
+
+def test_a_file_that_the_system_refuses_does_not_stop_the_others(model, tmp_path, cli, monkeypatch):
+    read_bytes = Path.read_bytes
+
+    def locked(path):
+        if path.name == "a.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / name)
+    flags = ["--checkpoint", model, "--aligned", "--device", "cpu", "--workers", 0]
+    code, out, err = cli("predict", "a.png", "b.png", *flags, cwd=tmp_path)
+    assert code == 0 and "skipped a.png: Permission denied" in err and "1 faces in 1 pictures" in out
 
 
 def test_large_crops_are_scored_fewer_at_a_time(monkeypatch):
@@ -704,7 +753,9 @@ def test_bad_input(model, tmp_path, cli, refuse, monkeypatch):
     (tmp_path / "aligned.yaml").write_text("aligned: true")
     flags_of_yaml = ["--config", tmp_path / "aligned.yaml", "--detector", "y.onnx"]
     refuse("predict", picture, *flags_of_yaml, words=["--detector", "--aligned"])
-    refuse("predict", picture, *flags, "--overlay", tmp_path, words=["--overlay", "replace the pictures"])
+    (tmp_path / "link").symlink_to(tmp_path)
+    for place in (tmp_path, tmp_path / "link"):
+        refuse("predict", picture, *flags, "--overlay", place, words=["--overlay", "replace the pictures"])
     (tmp_path / "here").mkdir()
     shutil.copy(picture, tmp_path / "here")
     for inputs, folder, cwd in (

@@ -91,6 +91,18 @@ def test_starts_from_what_init_names(drawn, tmp_path, cli):
     assert b["pretraining"]["seed"] == 1 and len(b["config"]["init_sha256"]) == 64
 
 
+def test_the_history_holds_the_mean_over_steps(drawn, tmp_path, cli, monkeypatch, small_model):
+    def train_one_epoch(run, _):
+        run.seconds = 1
+        return torch.tensor([[2.0], [4.0]])
+
+    monkeypatch.setattr("training.train_one_epoch", train_one_epoch)
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--epochs", 1, "--out", tmp_path / "c.pt"]
+    assert cli("pretrain", *flags)[0] == 0
+    with open(tmp_path / "c.csv", newline="") as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [3]
+
+
 def test_bad_input(drawn, tmp_path, refuse):
     data = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "c.pt"]
     refuse("pretrain", *data, *FAST, "--batch-size", 5000, words=["--batch-size", "train"])

@@ -180,6 +180,11 @@ def test_aligned_faces_must_overlap(monkeypatch, shift, same):
     assert aligned_correlation(image, np.roll(image, shift, axis=1)) == pytest.approx(same, abs=1e-4)
 
 
+def test_what_cannot_be_aligned_is_no_copy():
+    image = cv2.resize(np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8), (64, 64))
+    assert aligned_correlation(image, 255 - image) == 0  # OpenCV finds no fit, and raises
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_large_families_are_placed_first(seed):
     components = np.repeat([0, 10, 14, 16, 18], [10, 4, 2, 2, 2])
@@ -281,7 +286,7 @@ def test_split_depends_on_the_seed_and_not_on_file_order(processed, tmp_path, cl
     shuffled.mkdir()
     for name in random.Random(0).sample(names, len(names)):
         shutil.copy(processed / name, shuffled)
-    for folder, seed, out, workers in ((processed, 1, "x", 1), (shuffled, 1, "y", 2), (processed, 2, "z", 2)):
+    for folder, seed, out, workers in ((processed, 1, "x", 1), (shuffled, 1, "y", 2), (processed, 2, "z", 0)):
         flags = ["--seed", seed, "--workers", workers]
         assert cli("split", "--input", folder, "--output", tmp_path / out, *flags)[0] == 0
     assert tree(tmp_path / "x") == tree(tmp_path / "y")

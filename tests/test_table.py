@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import table
 from cli import parse_args
 from common import FaceDataset, load_checkpoint, save_checkpoint
 from conftest import noise_pairs
+from evaluate import score_model
 from metrics import METRICS
 from table import compare, format_difference, group_by_configuration, make_table
 from test_evaluate import no_figures, untrained
@@ -193,6 +195,15 @@ def test_fine_tunings_of_models_are_one_configuration():
     assert "| fine-tuned |" in make_table(many, "d")
 
 
+def test_faces_that_one_model_leaves_out_are_there_for_the_next(tmp_path):
+    noise_pairs(tmp_path / "d/test", ["20-29", 30, 50])
+    path, read = untrained(tmp_path / "m.pt"), cache(FaceDataset)
+    options = torch.device("cpu"), torch.float32
+    found = [score_model(path, tmp_path / "d/test", *options, read=read) for _ in range(2)]
+    assert [len(scored.faces) for scored in found] == [2, 2]
+    assert [scored.summary["left_out_across_groups"] for scored in found] == [1, 1]
+
+
 def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkeypatch):
     noise_pairs(tmp_path / "d/val", [2, 10, 20, 30, 50, 70] * 3)
     runs, read = tmp_path / "runs", []
@@ -339,6 +350,7 @@ def test_what_is_not_given_is_the_configs(tmp_path, cli, calls):
         (args.precision, args.data, args.workers, args.device) == ("fp32", "other", 3, "cpu")
         for _, args in calls
     )
+    assert sorted(args.seed for script, args in calls if script == "finetune") == [0, 0, 1, 1, 2, 2]
 
 
 def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls, refuse, monkeypatch):

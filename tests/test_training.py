@@ -130,6 +130,15 @@ def test_a_run_goes_on_in_another_precision_of_auto(tmp_path, monkeypatch):
     assert again.epoch == 1 and again.scaler.is_enabled()
 
 
+def test_the_scale_of_gradients_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "choose_precision", lambda *_: torch.float16)
+    run = begin(tmp_path, "auto")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    training.finish_epoch(run, {"loss": 1.0})
+    again = begin(tmp_path, "auto", load_checkpoint(tmp_path / "o.last.pt", "model.last"))
+    assert again.scaler.get_scale() == 2.0**10
+
+
 @pytest.fixture
 def epochs(monkeypatch, small_model):
     """Training without its steps; a list of the epochs, and Ctrl-C at those that are put into `stop_at`."""
@@ -433,6 +442,19 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(devices.torch, "empty", Mock())  # no GPU is needed
     assert str(devices.choose_device("cuda")) == "cuda:3" and str(devices.choose_device("cuda:1")) == "cuda:1"
     assert str(devices.choose_device("cpu")) == "cpu"
+
+
+def test_processes_on_cuda_join_by_nccl_each_on_its_gpu(monkeypatch):
+    settings = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    taken, joined = Mock(), Mock()
+    monkeypatch.setattr(torch, "empty", Mock())
+    monkeypatch.setattr(torch.cuda, "set_device", taken)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined)
+    training.join_processes(Namespace(device="cuda", precision="fp32"))
+    taken.assert_called_once_with(torch.device("cuda", 1))
+    joined.assert_called_once_with("nccl")
 
 
 def test_usable_device_names(tmp_path, drawn, refuse):

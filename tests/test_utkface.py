@@ -261,6 +261,12 @@ def test_pictures_are_turned_upright(orientation):
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%transparency: 1\n%%EndComments\nshowpage\n"
 
 
+@pytest.mark.parametrize("form", ["PNG", "BMP", "PPM", "TIFF", "GIF"])
+def test_formats_without_loss_are_read(form):
+    picture = face().quantize().convert("RGB")  # as few colours as a GIF takes
+    assert np.array_equal(decoded(encoded(picture.quantize() if form == "GIF" else picture, form)), picture)
+
+
 def test_postscript_is_never_run(tmp_path, monkeypatch):
     """Pillow would hand it to Ghostscript, whatever the file is named."""
     run = Mock()
