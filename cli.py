@@ -5,6 +5,7 @@ Nothing here loads torch, so `split.py -h` answers at once.
 
 import argparse
 import csv
+import ctypes
 import errno
 import io
 import math
@@ -193,6 +194,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as glibc's malloc.h has them
 NO_ROOM = (errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
 NO_WORKER = re.compile("DataLoader worker|can't start new thread")
 
@@ -269,6 +271,19 @@ def own_process():
         cv2.setNumThreads(1)  # the pictures are small: work is spread over faces, never within one
         # What cannot be decoded is reported by the script: the decoder need not complain as well.
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    if "torch" in sys.modules:
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Has glibc keep the memory of tensors that are freed, for those of the next layer and step.
+
+    Else large ones go back to the system at once, which clears every page of those that follow.
+    """
+    with suppress(TypeError, AttributeError):  # Windows, and systems with another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def progress(*args, **options) -> tqdm:

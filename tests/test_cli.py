@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def python(code, *arguments, **options):
     return subprocess.run(command, capture_output=True, env=environment, **options)
 
 
+def test_all_that_controls_a_terminal_becomes_digits():
+    for code in (*range(0x20), *range(0x7F, 0xA0), 0xD800, 0xDFFF):
+        shown = command_line.as_text(f"a{chr(code)}b")
+        assert shown.isascii() and shown.isprintable(), hex(code)
+    assert command_line.as_text("a b~é家") == "a b~é家"
+
+
 # Flags and configuration
 
 
@@ -54,6 +62,13 @@ def parse(*argv):
 def test_a_scripts_own_section_beats_the_top(tmp_path):
     (tmp_path / "c.yaml").write_text("split: {seed: 5}\nseed: 4\n")
     assert parse("--config", tmp_path / "c.yaml").seed == 5
+
+
+def test_configs_that_ship_are_read_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = script_parser("synthesize", "test")
+    parser.add_argument("--count", type=int, default=7)
+    assert parse_args(parser, ["--config", "configs/quickstart.yaml"]).count == 2000
 
 
 def test_flags_beat_config_beats_defaults(tmp_path):
@@ -340,3 +355,20 @@ def test_a_script_runs_in_a_thread_that_gets_no_signals():
     thread.start()
     thread.join()
     assert found[0].seed == 3
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another C library")
+def test_memory_of_tensors_is_kept_for_those_that_follow():
+    """The second takes the pages of the first, so that the system need not clear others."""
+    code = """
+import resource, torch, cli
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+cli.own_process()
+first = faults()
+assert faults() < first / 10, first
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
