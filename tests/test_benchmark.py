@@ -36,15 +36,15 @@ def test_figures_cost_what_they_are_made_of(drawn, cli, monkeypatch):
 
         monkeypatch.setattr(owner, name, charged)
 
-    charge(common.FaceDataset, "__getitems__", lambda _, keys: len(keys))
+    charge(common.FaceDataset, "__getitems__", lambda data, keys: data.views * len(keys))
     charge(finetune, "multitask_losses", lambda _, batch: 3 * len(batch["age"]))
     charge(cv2, "grabCut", lambda *_: 2)
     charge(cv2, "imdecode", lambda *_: 1)
     flags = [*FAST, "training", "loader", "masks", "--data", drawn / "dataset/raw", "--workers", 0]
     code, printed, err = cli("benchmark", *flags)
     assert code == 0 and table(printed) == [
-        ["bare", "333.3", ""], ["finetune.py", "250.0", "0.75"], ["pretrain,", "1,000.0", ""],
-        ["pretrain,", "1,000.0", "1.00"], ["finetune,", "1,000.0", ""], ["finetune,", "1,000.0", "1.00"],
+        ["bare", "333.3", ""], ["finetune.py", "250.0", "0.75"], ["pretrain,", "500.0", ""],
+        ["pretrain,", "500.0", "1.00"], ["finetune,", "1,000.0", ""], ["finetune,", "1,000.0", "1.00"],
         ["bare", "500.0", ""], ["masks.py", "200.0", "0.40"],
     ], err  # fmt: skip
 
@@ -88,6 +88,45 @@ def test_training_is_measured_in_the_precision_asked_for(drawn, cli, monkeypatch
     assert code == 2 and f"in {precision}" in err
 
 
+def test_bare_steps_have_the_precision_asked_for(drawn, cli, monkeypatch, small_model):
+    found, losses = [], finetune.multitask_losses
+
+    def spy(*args, **options):
+        found.append(torch.is_autocast_enabled("cpu"))
+        return losses(*args, **options)
+
+    monkeypatch.setattr(finetune, "multitask_losses", spy)
+    flags = [*FAST, "training", "--data", drawn / "dataset/raw", "--workers", 0, "--precision", "bf16"]
+    assert cli("benchmark", *flags)[0] == 0 and found and all(found)
+
+
+def test_loaders_of_one_core_and_of_all_draw_what_the_stages_draw(drawn, cli, monkeypatch):
+    found = []
+
+    def train_loader(dataset, _, seed, workers, device):
+        found.append((dataset.views, dataset.masks is not None, workers))
+        return [None]
+
+    monkeypatch.setattr(benchmark.training, "train_loader", train_loader)
+    code, _, err = cli("benchmark", *FAST, "loader", "--data", drawn / "dataset/raw", "--workers", 2)
+    assert code == 0 and found == [(2, False, 0), (2, False, 2), (1, True, 0), (1, True, 2)], err
+
+
+def test_a_gpu_is_waited_for(monkeypatch, capsys):
+    clock = [0]
+    monkeypatch.setattr(benchmark, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.append(clock.pop() + 2))
+    args = parse_args(benchmark.get_parser(), ["--repeats", "1"])
+    benchmark.measure("part", {"a": lambda: None}, 60, args)
+    assert "30.0 faces/s" in capsys.readouterr().out
+
+
+def test_faces_are_drawn_where_none_are_given(cli):
+    code, printed, err = cli("benchmark", *FAST, "masks", "--workers", 1)
+    assert code == 0 and [row[0] for row in table(printed)] == ["bare", "masks.py"], err
+
+
 def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, monkeypatch, tmp_path):
     done, precisions, run = [], [], benchmark.run_stage
 
@@ -95,6 +134,8 @@ def test_growth_runs_the_stages_on_a_quarter_half_and_all(drawn, cli, refuse, mo
         args = parse_args(importlib.import_module(script).get_parser(), list(flags))
         if "train" in script or "tune" in script:
             precisions.append(args.precision)
+            assert (args.epochs, args.image_size, args.batch_size) == (1, 32, 8)
+            assert script == "pretrain" or (args.init, args.multitask) == ("contrastive.pt", True)
         done.append((script, len(list((cwd / "dataset/raw").iterdir()))))
         return 2.0, 300.0
 

@@ -71,6 +71,12 @@ def test_configs_that_ship_are_read_from_any_folder(tmp_path, monkeypatch):
     assert parse_args(parser, ["--config", "configs/quickstart.yaml"]).count == 2000
 
 
+@pytest.mark.parametrize("text", ["", "# seed: 3\n", "split:\n  # seed: 3\n", "split:\nmasks:\n"])
+def test_what_is_commented_out_is_not_there(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert parse("--config", tmp_path / "c.yaml").seed == 0
+
+
 def test_flags_beat_config_beats_defaults(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(

@@ -353,6 +353,8 @@ def test_faces_are_turned_a_little():
     face[:48] = 200
     for turned in drawn_by(A.Rotate, face):
         assert turned[10, 30:66].min() > 100 > turned[85, 30:66].max()  # up stays up
+        left, right = ((turned[:, column, 0] > 100).sum() for column in (28, 68))
+        assert abs(left - right) <= 10  # 8.5 at 12°
 
 
 def test_skin_stays_of_the_colour_of_skin():
@@ -483,6 +485,13 @@ def test_scores_are_computed_on_the_device(small_model, monkeypatch):
     """A fake one, which computes nothing."""
     cuda = torch.device("cuda")
     monkeypatch.setattr(common, "pixel_statistics", common.pixel_statistics.__wrapped__)  # keeps nothing
+    double = torch.Tensor.double
+
+    def double_on_cpu(values):
+        assert values.device == CPU  # Apple's GPU has no float64
+        return double(values)
+
+    monkeypatch.setattr(torch.Tensor, "double", double_on_cpu)
     with FakeTensorMode():
         with cuda:
             model = common.make_model({"multitask": True, "age_sigma": 2, "flip_averaging": True})
@@ -566,7 +575,19 @@ def test_checkpoints_that_are_refused(tmp_path, capsys):
     path.write_bytes(b"garbage")
     with pytest.raises(UserError, match="cannot be read"):
         common.load_checkpoint(path, "model")
+    torch.save({"kind": "model", "x": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])  # as of a download that broke off
+    with pytest.raises(UserError, match="cannot be read"):
+        common.load_checkpoint(path, "model")
     assert "code from a checkpoint" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_says_how_to_preprocess(tmp_path):
+    save_checkpoint(tmp_path / "m.last.pt", "model.last", Namespace(image_size=32))
+    said = common.load_checkpoint(tmp_path / "m.last.pt", "model.last")["preprocessing"]
+    color = torch.tensor([[[[255, 0, 128]]]], dtype=torch.uint8)
+    expected = (torch.tensor([1, 0, 128 / 255]) - torch.tensor(said["mean"])) / torch.tensor(said["std"])
+    assert said["channels"] == "RGB" and torch.allclose(to_input(color, CPU).flatten(), expected, atol=1e-5)
 
 
 def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
@@ -638,9 +659,10 @@ def test_quantiles_of_years_by_hand():
     assert common.age_quantiles(p.log()).tolist() == [[30, 10, 50], [43, 42, 43]]
 
 
-def test_flip_averaging_is_blind_to_mirroring():
+@pytest.mark.parametrize("sigma", [0, 2])
+def test_flip_averaging_is_blind_to_mirroring(sigma):
     torch.manual_seed(0)
-    model = common.make_model({"multitask": True, "age_sigma": 2, "flip_averaging": True})
+    model = common.make_model({"multitask": True, "age_sigma": sigma, "flip_averaging": True})
     images = torch.randn(2, 3, 64, 64)
     model.eval()
     logits, _, masks = infer(model, images)

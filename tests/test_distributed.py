@@ -124,8 +124,11 @@ def test_shares_of_a_batch_do_not_overlap(monkeypatch):
 
 def test_gpus_share_their_batch_statistics(monkeypatch):
     monkeypatch.setattr(training, "world_size", lambda: 2)
-    monkeypatch.setattr(training, "DistributedDataParallel", lambda model, device_ids: model)
+    asked = []
+    monkeypatch.setattr(
+        training, "DistributedDataParallel", lambda model, device_ids: asked.append(device_ids) or model
+    )
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # no GPU is needed
-    modules = list(training.distribute(MultitaskResNet18(), torch.device("cuda", 0)).modules())
+    modules = list(training.distribute(MultitaskResNet18(), torch.device("cuda", 1)).modules())
     assert any(isinstance(module, nn.SyncBatchNorm) for module in modules)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules) and asked == [[1]]

@@ -144,6 +144,8 @@ def test_a_subgroup_is_small_below_a_hundred_faces():
 def test_calibration_error_and_what_a_perfect_model_would_show():
     confidence = np.repeat([0.9, 0.5], 4)  # half right at 0.9, and all right at 0.5: (0.4 + 0.5) / 2
     assert metrics.calibration_error(confidence, np.array([1, 1, 0, 0, 1, 1, 1, 1])) == pytest.approx(0.45)
+    one_bin = metrics.calibration_error(np.array([0.61, 0.63]), np.array([1, 0]))  # of 15 from 0 to 1
+    assert one_bin == pytest.approx((0.63 - 0.39) / 2)
     perfect = metrics.perfect_calibration(np.array([0.5]), np.arange(1))
     assert perfect == {"mean": pytest.approx(0.5), "range95": pytest.approx([0.5, 0.5])}
     rng, widths = np.random.default_rng(0), []
@@ -178,6 +180,8 @@ def test_split_table_as_written_and_as_a_spreadsheet_saves_it(tmp_path, cli, ref
         path.write_text(foreign)
         flags = ["--data", tmp_path, "--out", tmp_path / "r", *CPU]
         refuse("evaluate", model, *flags, words=["split.csv", "run split.py again"])
+    path.write_bytes(text.encode("utf-16"))
+    refuse("evaluate", model, *flags, words=["split.csv", "run split.py again"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -312,7 +316,8 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
     assert f"{'mean absolute error in years':34}{off.mean():7.2f}  [" in out
     assert summary["widest_gaps"][1]["difference"] == pytest.approx(100 / 110 - 0.6, abs=1e-6)
     assert summary["effective_n"] == summary["n"] == 280
-    floor = summary["calibration_error_if_perfect"]
+    error, floor = summary["expected_calibration_error"], summary["calibration_error_if_perfect"]
+    assert f"{'expected calibration error':34}{error:7.2%}  (" in out
     assert f"perfectly calibrated: {floor['mean']:.2%}" in out
     assert floor["range95"][1] < summary["expected_calibration_error"] > 0.1  # it grows surer, and not better
 
@@ -343,7 +348,10 @@ def test_copies_stay_together_among_single_faces():
     assert metrics.gap_p_value(right, np.tile(labels, 9).repeat(2), clusters) > 0.1
 
 
-def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(known, scores, tmp_path, cli, no_figures):
+def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(
+    known, scores, tmp_path, cli, no_figures, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "FEW", 29)
     data = shutil.copytree(known.data, tmp_path / "d")
     stems = list(known.right)
     lines = [f"{stem}_image.png,test,{stems[i // 10 * 10]}_image.png" for i, stem in enumerate(stems)]
@@ -359,8 +367,10 @@ def test_near_duplicates_widen_intervals_and_leaks_are_told_apart(known, scores,
     low, high = summary["mae_years"]["ci95"]
     assert high - low > 1.5  # 0.6 of single faces
     [row] = [row for row in read_csv(tmp_path / "r/subgroups.csv") if row["subgroup"] == "Asian"]
-    ends = [float(row["accuracy_low"]), float(row["accuracy_high"])]
-    assert ends == pytest.approx(metrics.wilson(100 / 110, 11), abs=1e-5)
+    for metric in ("accuracy", "balanced_accuracy"):
+        ends = [float(row[f"{metric}_low"]), float(row[f"{metric}_high"])]
+        assert ends == pytest.approx(metrics.wilson(100 / 110, 11), abs=1e-5)
+    assert "so few that only the intervals of shares hold: 28.0\n" in out
     [gap] = [gap for gap in summary["widest_gaps"] if gap["by"] == "race"]
     assert gap["p"] > 0.05  # 0.001 of single faces
     alone = metrics.perfect_calibration(np.array(list(scores.values())), np.arange(280))
@@ -446,6 +456,8 @@ def test_figures_show_what_was_measured(monkeypatch):
     measure(e, 0)
     matrix = evaluate.plot_confusion_matrix(e).axes[0]
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted", "true")
+    for labels in (matrix.get_xticklabels(), matrix.get_yticklabels()):
+        assert [label.get_text() for label in labels] == GROUP_NAMES
     counts = {text.get_position(): text.get_text() for text in matrix.texts}
     assert (counts[0, 3], counts[3, 0], counts[3, 3]) == ("1\n16.7%", "0\n0.0%", "4\n66.7%")  # column, row
 
@@ -467,7 +479,9 @@ def test_figures_show_what_was_measured(monkeypatch):
         np.array([[1, 0], [4 / 6, 1], [10 / 12, 2]])
     )
     assert axis.collections[1].get_facecolors()[0].tolist() == [1, 1, 1, 1]  # hollow
-    assert axis.lines[0].get_xdata()[0] == pytest.approx(10 / 12)  # all faces
+    e.summary["balanced_accuracy"]["value"] = 0.5
+    dashed = [axis.lines[0].get_xdata()[0] for axis in evaluate.plot_subgroups(e).axes]
+    assert dashed == pytest.approx([10 / 12, 0.5, 10 / 12])  # all faces
     assert axis.collections[0].get_segments()[1][:, 0] == pytest.approx(metrics.wilson(4 / 6, 6), abs=1e-6)
 
     shown, blue = [], np.full((9, 9, 3), (255, 128, 0), np.uint8)  # as OpenCV orders colours
@@ -492,6 +506,8 @@ def test_own_faces_with_unknown_labels_and_ranges_of_years(tmp_path, cli, no_fig
     assert "left out by --unseen, with the near-duplicates that split.csv names: 0\n" in out
     assert (summary["unknown_gender"], summary["unknown_race"], summary["ages_in_ranges"]) == (1, 2, 1)
     assert "the range of ages crosses groups: 1\n" in out and "gender, since it is unknown: 1\n" in out
+    assert "by race, since it is unknown: 2\n" in out
+    assert "ages that are ranges, where errors count from the nearest year: 1\n" in out
     rows = read_csv(tmp_path / "r/predictions.csv")
     true = [(row["age"], row["true"]) for row in rows]
     assert true == [("31.6", "3"), ("54.5", "4"), ("8", "1"), ("9", "1")]
@@ -512,6 +528,10 @@ def test_errors_in_years_of_ranges_and_of_decimals():
     assert e.per_face["within_five_years"].tolist() == [1, 1, 1, 0, 1] and "range_coverage" not in e.per_face
     e = answered(faces[1:], chances[1:], [31, 35, 95, 35], [29, 29, 90, 30], high[1:])
     assert e.per_face["range_coverage"].tolist() == [1, 0, 1, 1]  # 31.6 counts as 32, 116 as 100 or more
+    pair = [Face("a", 30, 0, 0), Face("b", 30, 1, 0)]
+    rows, _ = score_subgroups(answered(pair, np.eye(6)[[3, 3]], [30, 30], [29, 25], [31, 35]))
+    widths = {row["subgroup"]: row["range_width"] for row in rows if row["by"] == "gender"}
+    assert widths == {"male": 2, "female": 10}
 
 
 # ------------------------------------------------------------------------------------------------------------

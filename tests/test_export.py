@@ -81,6 +81,9 @@ def test_a_model_of_groups_alone(tmp_path):
     plain = predict.load(path, aligned=True, device="cpu").model
     assert len(export.ExportedModel(plain).eval()(torch.zeros(1, 3, 64, 64))) == 1
     assert not {"mask_threshold", "age_unit"} & set(export.metadata(plain, 64))
+    masked = predict.load(write_model(path, age_sigma=0), aligned=True, device="cpu").model
+    about = export.metadata(masked, 64)
+    assert about["mask_threshold"] == "0.5" and "age_unit" not in about
 
 
 def test_what_stands_in_the_way_is_one_line(exported, tmp_path, refuse, monkeypatch):
@@ -96,6 +99,8 @@ def test_what_stands_in_the_way_is_one_line(exported, tmp_path, refuse, monkeypa
 
     monkeypatch.setattr(export.torch.onnx, "export", broken)
     refuse("export", *flags, words=["AttributeError", "onnxscript 0.", "pip install -U torch onnxscript"])
+    other = f"{path.parent}/../{path.parent.name}/model.pt"
+    refuse("export", "--checkpoint", path, "--out", other, words=["would replace the checkpoint"])
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refuse("export", *flags, words=["onnxscript", "pip install onnx onnxscript"])
     assert not list(tmp_path.iterdir())

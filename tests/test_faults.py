@@ -461,6 +461,8 @@ def test_damaged_checkpoints_are_named(drawn, train, tmp_path, refuse):
 
 def test_a_run_that_was_being_overwritten_does_not_come_back(train, tmp_path, monkeypatch):
     assert train("--epochs", 1)[0] == 0
+    code, _, err = train("--epochs", 1, "--overwrite", "--init", "nowhere.pt")
+    assert code == 2 and "nowhere.pt" in err and (tmp_path / "m.last.pt").exists()  # nothing is lost yet
 
     def killed(*_):
         raise KeyboardInterrupt

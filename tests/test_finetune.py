@@ -69,7 +69,11 @@ def test_the_history_holds_what_its_columns_name(drawn, tmp_path, cli, monkeypat
     monkeypatch.setattr(common, "score_dataset", score)
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1]
     flags += ["--out", tmp_path / "m.pt", "--multitask", "--lr", 0.01, "--lr-strategy", "differentiated"]
+    asked = []
+    monkeypatch.setattr(training, "plot_history", lambda _, rows, columns: asked.append((rows, columns)))
     assert cli("finetune", *flags)[0] == 0
+    [(rows, columns)] = asked
+    assert set(columns) <= rows[-1].keys() and "val_accuracy" in columns
     [row] = history(tmp_path / "m.csv")
     found = [float(row[name]) for name in ("train_loss", "train_mask_loss", "val_mask_iou", "lr")]
     assert found == pytest.approx([3, 0.5, 0.25, 0.01])
@@ -103,7 +107,8 @@ def test_keeps_the_best_epoch_by_accuracy_then_loss(drawn, tmp_path, cli, monkey
     monkeypatch.setattr(finetune, "validate", scripted)
     monkeypatch.setattr(training, "train_one_epoch", lambda run, _: add_one(run.model))
     flags = ["--data", drawn / "dataset/processed_split", "--out", tmp_path / "m.pt", "--epochs", 5]
-    assert cli("finetune", *flags, *FAST, "--init", "random", "--ema", 0)[0] == 0
+    code, printed, _ = cli("finetune", *flags, *FAST, "--init", "random", "--ema", 0)
+    assert code == 0 and "epoch 3 of 5" in printed and printed.endswith("accuracy on val 60.00%\n")
     checkpoint = load_checkpoint(tmp_path / "m.pt", "model")
     assert checkpoint["epoch"] == 3 and checkpoint["val"]["val_loss"] == 1.2
     assert torch.equal(checkpoint["weights"]["head.weight"], weights[2].half())
@@ -221,6 +226,15 @@ def test_age_loss_by_hand():
     args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=0)
     found = finetune.multitask_losses(lambda _, heads: (logits[:, :6], None, None), batch, args)
     assert found[1] == pytest.approx(-logits[:, :6].log_softmax(dim=1)[[0, 1], [0, 5]].mean().item())
+
+
+def test_faces_of_unknown_gender_and_race_are_learned_by_age():
+    unknown = {"gender": torch.full((2,), -1), "race": torch.full((2,), -1)}
+    batch = {"image": None, "age": torch.tensor([3, 70]), "spread": torch.zeros(2), **unknown}
+    heads = torch.randn(2, 101), None, {"gender": torch.randn(2, 2), "race": torch.randn(2, 5)}
+    args = Namespace(mask_weight=0.5, attribute_weight=0.3, age_sigma=2.0)
+    total, age_loss, _ = finetune.multitask_losses(lambda _, **__: heads, batch, args)
+    assert total == age_loss and total.isfinite()
 
 
 def test_losses_stay_on_the_device_of_the_batch(small_model):

@@ -14,9 +14,20 @@ from PIL import Image
 
 import synthesize
 from cli import atomic_path
-from conftest import ROOT, shell
+from conftest import ROOT, shell, write_pair
 from inputs import open_files
-from masks import HEIGHT, TURN, WIDTH, grabcut_mask, mask_function, network_mask, oval, write_pairs
+from masks import (
+    HEIGHT,
+    TURN,
+    WIDTH,
+    contact_sheet,
+    grabcut_mask,
+    mask_function,
+    network_mask,
+    oval,
+    write_pairs,
+)
+from test_faces import PLACES, photograph
 from utkface import age_to_group, parse_name
 
 
@@ -442,6 +453,29 @@ def test_any_seed_that_the_flag_takes(seed):
     assert mask_function("grabcut", seed)(np.full((64, 64, 3), 128, np.uint8)).shape == (64, 64)
 
 
+def test_photographs_by_a_detector_of_ones_own(detector, tmp_path, cli):
+    """Which sees colours, so that it must be given them in their order."""
+    picture, [crop] = photograph(PLACES[:1])
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture).save(tmp_path / "in/a.png")
+    (tmp_path / "t.csv").write_text("file,age\na.png,30\n")
+    flags = ["--input", tmp_path / "in", "--labels", tmp_path / "t.csv", "--output", tmp_path / "out"]
+    code, _, err = cli("masks", *flags, "--detect", "--detector", detector)
+    assert code == 0, err
+    assert np.array_equal(read(tmp_path / "out/30_x_x_a.png_image.png")[..., ::-1], crop)
+
+
+def test_the_preview_shows_faces_of_all_ages_before_a_dark_background(tmp_path):
+    stems, mask = [f"{i}_0_0_{i}" for i in range(72)], np.zeros((40, 40), np.uint8)
+    mask[10:30, 10:30] = 255
+    for i, stem in enumerate(stems):
+        write_pair(tmp_path, stem, np.full((40, 40, 3), (0, 0, 255) if i == 71 else 200, np.uint8), mask)
+    sheet = contact_sheet(tmp_path, stems)
+    assert (sheet == (0, 0, 255)).all(axis=2).any()
+    overlay = sheet[8:112, 222:326]  # the third picture of the first face
+    assert overlay[52, 52, 0] == 200 > 100 > overlay[2, 2, 0]
+
+
 # Drawn faces
 
 
@@ -483,6 +517,8 @@ def test_drawn_faces_from_any_folder(tmp_path, cli, refuse):
     code, out, _ = cli("synthesize", "--count", 7, "--seed", 3, "--workers", 2, cwd=tmp_path)
     assert code == 0 and "1 faces drawn, 6 already there" in out
     assert before == {path: path.read_bytes() for folder in (images, masks) for path in folder.iterdir()}
+    assert cli("synthesize", "--count", 1, "--workers", 0, "--output", f"{tmp_path}/a/")[0] == 0
+    assert len(list((tmp_path / "a").iterdir())) == len(list((tmp_path / "a_masks").iterdir())) == 1
     for flags in (["--count", 3, "--seed", 3], ["--count", 7, "--seed", 4]):  # nobody's pictures are deleted
         refuse("synthesize", *flags, "--overwrite", words=["dataset/raw holds other files"], cwd=tmp_path)
     assert all(path.exists() for path in before)

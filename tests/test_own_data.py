@@ -265,6 +265,11 @@ def test_labels_in_words_and_numbers():
         assert [parse_label(kind, text, strange) for text in ("", "nan", "N/A", "-1", "unknown")] == [-1] * 5
         assert not strange
         assert parse_label(kind, " 7", strange) == -1 and strange.pop(f"{kind} '7'") == 1
+    for text, i in (("M", 0), ("f", 1), ("man", 0), ("Woman", 1)):
+        assert parse_label("gender", text, strange) == i
+    for text, i in (("caucasian", 0), ("afroamerican", 1), ("other", 4)):
+        assert parse_label("race", text, strange) == i
+    assert not strange
 
 
 def test_a_row_finds_its_file_by_path_or_bare_name(tmp_path):
@@ -296,8 +301,15 @@ def test_a_row_finds_its_file_by_path_or_bare_name(tmp_path):
         'AGE\tfoo\tFile \n30\t"a ""b"""\t1.png\n',
         'file,age\n"1.png","30"\n1.png,30\n\n2.png\n',
         "apparent_age_avg,Path,,real_age\n20,1.png,x,30,more\n",
+        "age, file\n30, 1.png \n",
     ],
-    ids=["semicolons and a byte order mark", "tabs", "quotes, repetition, an empty and a short row", "names"],
+    ids=[
+        "semicolons and a byte order mark",
+        "tabs",
+        "quotes, repetition, an empty and a short row",
+        "names",
+        "spaces",
+    ],
 )
 def test_tables_of_many_kinds(faces, tmp_path, cli, text):
     save(tmp_path / "in/1.png", faces[20][0])

@@ -167,6 +167,10 @@ def test_default_checkpoint(model, tmp_path, cli, refuse, monkeypatch):
     assert code == 0 and f"model: {tmp_path / 'weights/age_multitask.pt'}" in out
     shutil.copy(model, tmp_path / "model.pt")
     assert "model: model.pt\n" in cli("predict", picture, *ALIGNED, cwd=tmp_path)[1]
+    flags = ["--checkpoint", "weights/age_multitask.pt", *ALIGNED]
+    (tmp_path / "new").mkdir()  # from where it is found beside the scripts
+    code, out, err = cli("predict", picture, *flags, cwd=tmp_path / "new")
+    assert code == 0 and "model: weights/age_multitask.pt\n" in out, err
     refuse("predict", picture, *ALIGNED, "--json", "model.pt", words=["would replace model.pt"])
 
 
@@ -288,6 +292,20 @@ def test_box_and_outline_lie_on_the_face():
     drawn = np.asarray(drawing.draw_faces(black[:200, :200], [face], ["1"]))
     y, x = np.nonzero((drawn == drawing.COLORS["Infant"]).all(axis=2))
     assert drawn.shape == (400, 400, 3) and abs(x.max() - 360) < 4 and abs(y.max() - 300) < 4
+    warp = np.array([[1, 0, -100], [0, 1, -50]]) / 100
+    face = infant((100, 50, 100, 100), 0.9, None, False, mask, warp, (200, 200, 3))
+    drawn = np.asarray(drawing.draw_faces(black[:200, :200], [face], ["1"]))
+    edge = (drawn[146:156, 260:340] == drawing.COLORS["Infant"]).all(axis=2).any(axis=0)
+    assert edge.mean() > 0.8
+
+
+def test_a_text_can_be_read_wherever_a_face_lies():
+    black, white = np.zeros((400, 800, 3), np.uint8), []
+    infant = partial(predict.Prediction, "Infant", np.eye(6)[0], None, None, None)
+    for x, y in ((300, 200), (0, 0), (740, 200), (0, 340)):
+        face = infant((x, y, 60, 60), 0.9, None, False, None, None, black.shape)
+        white.append((np.asarray(drawing.draw_faces(black, [face])) == 255).all(axis=2).sum())
+    assert min(white) > 0.9 * max(white) > 0
 
 
 def test_what_cannot_be_written_stops_nothing_else(model, tmp_path, cli):
@@ -541,6 +559,8 @@ def test_frames_of_uneven_length(monkeypatch):
             return whole, np.zeros((32, 32, 3), np.uint8) if whole else None
 
     monkeypatch.setattr(cv2, "VideoCapture", Video)
+    for suffix in (".mp4", ".m4v", ".mov", ".MOV", ".webm", ".mpg", ".mpeg"):
+        assert next(predict.open_pictures([Path(f"a{suffix}")], 40)).frame == 0, suffix
     frames = list(predict.open_pictures([Path("a.mkv")], 40))
     assert [frame.second for frame in frames] == pytest.approx([0, 1.333, shown[80]], abs=1e-3)
     with monkeypatch.context() as patch:
@@ -735,6 +755,8 @@ def test_bad_input(model, tmp_path, cli, refuse, monkeypatch):
         patch.setattr(os.path, "commonpath", Mock(side_effect=ValueError))  # as of C: and D:
         refuse("predict", picture, *flags, words=["several drives"])
     refuse("predict", picture, "--checkpoint", tmp_path / "no.pt", *ALIGNED, words=["no.pt is not there"])
+    fp16 = ["--checkpoint", model, *ALIGNED, "--precision", "fp16"]
+    refuse("predict", picture, *fp16, words=["--precision fp16"])
     refuse(
         "predict", picture, *flags, "--detector", tmp_path / "y.onnx", words=["--detector", "cannot be read"]
     )

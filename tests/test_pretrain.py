@@ -98,9 +98,17 @@ def test_the_history_holds_the_mean_over_steps(drawn, tmp_path, cli, monkeypatch
 
     monkeypatch.setattr("training.train_one_epoch", train_one_epoch)
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--epochs", 1, "--out", tmp_path / "c.pt"]
-    assert cli("pretrain", *flags)[0] == 0
+    code, printed, _ = cli("pretrain", *flags)
+    faces = len(list((drawn / "dataset/processed_split/train").glob("*_image.png")))
+    assert code == 0 and f", {faces // 16 * 16} faces/s" in printed
     with open(tmp_path / "c.csv", newline="") as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == [3]
+
+
+def test_the_projection_head_is_not_linear():
+    head = ContrastiveResNet18().eval().projection
+    a, b = 10 * torch.randn(2, 4, 512)
+    assert not torch.allclose(head(a) + head(b), head(a + b) + head(torch.zeros(4, 512)), atol=1e-3)
 
 
 def test_bad_input(drawn, tmp_path, refuse):

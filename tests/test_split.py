@@ -93,6 +93,10 @@ def test_planted_copies_stay_together_and_strangers_do_not(tmp_path, cli):
             first, second = sorted((family[0], copy))
             assert (f"{first}_image.png", f"{second}_image.png") in found
     assert all(rows[row["file"][:-10]]["age"] == row["age"] != row["other_age"] for row in conflicts)
+    assert f"; {len(conflicts)} pairs disagree on the age" in out  # not all: one copy is of the first's age
+    assert f" {len(conflicts)} near-duplicate pairs" not in out
+    correlations = {float(row["correlation"]) for row in conflicts}
+    assert 0.97 < min(correlations) <= max(correlations) <= 1.0001 and len(correlations) > 5
 
     # The threshold is honoured: below, strangers are taken for copies; above, moved copies for strangers
     for threshold, others, least, most in ((0.9, strangers, 5, 10), (0.999, [f[4] for f in families], 0, 2)):

@@ -191,8 +191,12 @@ def test_a_seed_twice_is_one_seed():
 def test_fine_tunings_of_models_are_one_configuration():
     many = [model("uniform", seed, 0.7, init=f"m{seed}.pt") for seed in range(2)]
     for scored_model in many:
-        scored_model.checkpoint["pretraining"] = {"multitask": True}
-    assert "| fine-tuned |" in make_table(many, "d")
+        seed = scored_model.checkpoint["config"]["seed"]
+        of_it = {"multitask": True, "init": f"contrastive{seed}.pt", "init_sha256": str(seed)}
+        scored_model.checkpoint["pretraining"] = of_it
+    assert "| fine-tuned |" in make_table(many, "d") and "Differences" not in make_table(many, "d")
+    many[0].checkpoint["pretraining"] |= {"init": "imagenet", "init_sha256": None}
+    assert "pretraining init imagenet" in make_table(many, "d")
 
 
 def test_faces_that_one_model_leaves_out_are_there_for_the_next(tmp_path):
@@ -351,6 +355,12 @@ def test_what_is_not_given_is_the_configs(tmp_path, cli, calls):
         for _, args in calls
     )
     assert sorted(args.seed for script, args in calls if script == "finetune") == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_precision_that_is_no_trainings_default_is_handed_on(tmp_path, cli, calls):
+    flags = ["--precision", "fp32", "--weights", "random", "--lr-strategies", "uniform", *FLAGS]
+    cli("table", *flags, cwd=tmp_path)
+    assert calls and all(args.precision == "fp32" for _, args in calls)
 
 
 def test_every_row_by_default_and_none_that_can_be_trained(tmp_path, cli, calls, refuse, monkeypatch):

@@ -157,6 +157,44 @@ def epochs(monkeypatch, small_model):
     return done
 
 
+class Wrapped(nn.Module):
+    """As DistributedDataParallel stands around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
+
+@pytest.mark.parametrize("script, more", [("pretrain", []), ("finetune", ["--ema", 0])])
+def test_what_torchrun_wraps_is_scored_and_saved_bare(
+    drawn, tmp_path, cli, epochs, monkeypatch, script, more
+):
+    monkeypatch.setattr(training, "distribute", lambda model, _: Wrapped(model))
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1, *more]
+    code, _, err = cli(script, *flags, "--out", tmp_path / "o.pt")
+    assert code == 0 and (tmp_path / "o.pt").exists(), err
+
+
+def test_the_network_that_torchrun_wraps_is_trained_and_its_losses_averaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "distribute", lambda model, _: Wrapped(model))
+    monkeypatch.setattr(training, "mean_over_ranks", lambda values: values * 0 + 7)
+    run, seen = begin(tmp_path, "fp32"), []
+    losses = train_one_epoch(run, lambda model, batch: seen.append(model) or group_losses(model, batch))
+    assert seen and all(model is run.network for model in seen) and (losses == 7).all()
+
+
+def test_processes_compare_their_faces_and_settings(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "check_ranks_agree", lambda what: asked.append(str(what)))
+    noise_pairs(tmp_path / "b/train", [31], seed=9)  # another face
+    for folder, precision in (("a", "fp32"), ("b", "fp32"), ("a", "bf16")):
+        begin(tmp_path / folder, precision)
+    assert len(set(asked)) == 3
+
+
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
 def test_precision_and_final_reach_the_training(drawn, tmp_path, cli, epochs, script):
     flags = [script, "--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 2]
@@ -352,7 +390,9 @@ def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse, epochs):
     with open(tmp_path / "lr0.01.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 1
     (tmp_path / "lr0.01.last.pt").unlink()
-    refuse("finetune", *flags, "--out", out, words=["lr0.01.pt is there", "--overwrite"])
+    for more in ([], ["--resume"]):
+        refuse("finetune", *flags, *more, "--out", out, words=["lr0.01.pt is there", "--overwrite"])
+    assert out.read_bytes() == before
 
 
 def test_a_run_killed_after_its_last_epoch_writes_what_is_missing(drawn, tmp_path, cli, epochs):
@@ -442,6 +482,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(devices.torch, "empty", Mock())  # no GPU is needed
     assert str(devices.choose_device("cuda")) == "cuda:3" and str(devices.choose_device("cuda:1")) == "cuda:1"
     assert str(devices.choose_device("cpu")) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(devices.choose_device("auto")) == "cuda:3"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.choose_device("auto").type == "mps"
 
 
 def test_processes_on_cuda_join_by_nccl_each_on_its_gpu(monkeypatch):

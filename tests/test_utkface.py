@@ -53,7 +53,7 @@ def test_labels_are_in_the_order_of_utkface():
     assert GENDERS == ("male", "female") and RACES == ("White", "Black", "Asian", "Indian", "Others")
 
 
-@pytest.mark.parametrize("ending", [".jpg.chip.jpg", ".webp", ".PNG"])
+@pytest.mark.parametrize("ending", [".jpg.chip.jpg", ".jpg", ".jpeg", ".webp", ".bmp", ".PNG"])
 def test_good_names(ending):
     face = parse_name("26_1_3_20170116184751593" + ending)
     assert face == ("26_1_3_20170116184751593", 26, 1, 3, 0) and isinstance(face.age, int)

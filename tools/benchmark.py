@@ -100,8 +100,8 @@ def measure_training(raw, pairs, args, device):
 
 def measure_loader(raw, pairs, args, device):
     dataset = partial(common.FaceDataset, pairs, args.image_size)
-    pretraining = dataset(common.contrastive_augmentation, views=2)
-    finetuning = dataset(common.supervised_augmentation, with_masks=True)
+    pretraining = dataset(common.contrastive_augmentation, views=2, with_masks=False)
+    finetuning = dataset(common.supervised_augmentation)
     for stage, faces in {"pretrain": pretraining, "finetune": finetuning}.items():
         works = {}
         for name, workers in {"one core": 0, f"{args.workers} workers": args.workers}.items():

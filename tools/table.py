@@ -110,6 +110,8 @@ def describe(checkpoint):
         "Pretrained weights": "ImageNet" if start == "imagenet" else start,
     }
     settings = config | {f"pretraining {key}": value for key, value in pretraining.items()}
+    if pretraining.get("init_sha256"):  # each seed has a file of its own
+        settings["pretraining init"] = "a checkpoint"
     seen = checkpoint["train_hashes"].numpy()
     settings["data"] = f"{len(seen)} faces ({zlib.crc32(seen):08x})"
     return columns, {key: str(value or "off") for key, value in settings.items() if key not in UNLISTED}
