@@ -171,7 +171,7 @@ def test_default_checkpoint(model, tmp_path, cli, refuse, monkeypatch):
     (tmp_path / "new").mkdir()  # from where it is found beside the scripts
     code, out, err = cli("predict", picture, *flags, cwd=tmp_path / "new")
     assert code == 0 and "model: weights/age_multitask.pt\n" in out, err
-    refuse("predict", picture, *ALIGNED, "--json", "model.pt", words=["would replace model.pt"])
+    refuse("predict", picture, *ALIGNED, "--json", "model.pt", words=["would replace model.pt"], cwd=tmp_path)
 
 
 # Which pictures
