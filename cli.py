@@ -29,6 +29,7 @@ from tqdm import tqdm
 STAGES = ("masks", "split", "pretrain", "finetune", "evaluate", "predict")
 TOOLS = ("table", "benchmark", "synthesize", "export", "page")
 ROOT = Path(__file__).resolve().parent
+MAX_SIDE = 4096  # pixels of a picture that a model takes
 
 
 class UserError(Exception):
@@ -71,10 +72,10 @@ def number(kind: type, low=-math.inf, high=math.inf, above=-math.inf):
 
 
 def image_side(text: str) -> int:
-    """An argparse type: pixels, a positive multiple of 32 (the backbone's stride)."""
+    """An argparse type: pixels, a multiple of 32 (the backbone's stride) from 32 to `MAX_SIDE`."""
     side = int(text)
-    if side < 32 or side % 32:
-        raise argparse.ArgumentTypeError(f"must be a positive multiple of 32, not {text}")
+    if side not in range(32, MAX_SIDE + 1, 32):
+        raise argparse.ArgumentTypeError(f"must be a multiple of 32 from 32 to {MAX_SIDE}, not {text}")
     return side
 
 
@@ -159,14 +160,14 @@ def read_config(path: str, parser: Parser) -> list[str]:
             raise UserError(f"{key} has no value: give one, or leave the line out")
         if isinstance(value, list):
             arguments += [flag, *map(str, value)]
-        elif known[flag].nargs != 0:
-            arguments.append(f"{flag}={value}")
-        elif value is True:  # of a switch
+        elif value is True and known[flag].nargs in (0, "?"):  # a switch, or a flag that may stand alone
             arguments.append(flag)
-        elif value is False:
+        elif value is False and known[flag].nargs in (0, "?"):
             arguments += [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in known else []
-        else:
+        elif known[flag].nargs == 0:
             raise UserError(f"{key} must be true or false, not {value!r}")
+        else:
+            arguments.append(f"{flag}={value}")
     return arguments
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.models import ResNet18_Weights, resnet18
 
 import utkface
-from cli import UserError, atomic_path, progress, settings_of, shipped
+from cli import MAX_SIDE, UserError, atomic_path, progress, settings_of, shipped
 from devices import autocast, copy_to, gather_rows, merge_ranks, rank, world_size
 
 # ------------------------------------------------------------------------------------------------------------
@@ -400,8 +400,8 @@ def soft_age_labels(ages: Tensor, sigma: float, spread: Tensor | float = 0) -> T
     spread (B,): years to each side of the age that are as likely as it, for ages known as a range.
     """
     years = torch.arange(YEARS, device=ages.device)
-    distance = (years - ages.clamp(max=YEARS - 1)[:, None]).abs()  # B×YEARS
-    distance = (distance - torch.as_tensor(spread)[..., None]).clamp(min=0)
+    first, last = ((ages + side).clamp(max=YEARS - 1)[:, None] for side in (-spread, spread))  # B×1 each
+    distance = torch.maximum(first - years, years - last).clamp(min=0)  # B×YEARS
     return (-((distance / sigma) ** 2) / 2).softmax(dim=1)
 
 
@@ -560,7 +560,7 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
         types |= {"weights": dict, "train_hashes": Tensor, "val_hashes": Tensor, "pretraining": dict}
     sound = all(isinstance(checkpoint.get(key), expected) for key, expected in types.items())
     size = checkpoint["preprocessing"].get("image_size") if sound else None
-    sound = isinstance(size, int) and size in range(32, 4097, 32)
+    sound = isinstance(size, int) and size in range(32, MAX_SIDE + 1, 32)
     if sound and "weights" in types:
         pairs = checkpoint["weights"].items()
         sound = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs)

@@ -55,7 +55,7 @@ def draw_faces(image, faces, texts=None, size=None):
     for face, text in zip(faces, texts or map(label, faces)):
         color = COLORS[face.group]
         x, y, width, height = (value * scale for value in face.box)
-        letters = size or int(np.clip(width / 14, max(13, 4 * line), canvas.shape[0] / 18))
+        letters = size or max(1, int(np.clip(width / 14, max(13, 4 * line), canvas.shape[0] / 18)))
         font = ImageFont.load_default(letters)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         pad = letters // 2
@@ -72,7 +72,7 @@ def draw_faces(image, faces, texts=None, size=None):
 
 def output_path(path, folder, top, ending):
     """Where what is made of the picture at `path` goes: in `folder`, as the picture lies below `top`."""
-    stem = path.name.removesuffix(ending)
+    stem = path.stem if path.suffix == ending else path.name
     if len(os.fsencode(stem + ending)) > 255:  # bytes, more than file systems take
         mark = hashlib.blake2b(os.fsencode(stem), digest_size=4).hexdigest()
         kept = os.fsencode(stem)[: 254 - len(ending) - len(mark)]

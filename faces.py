@@ -151,8 +151,8 @@ def open_detector(path=None, min_score=MIN_SCORE, min_face=MIN_FACE):
     """A function from a picture, uint8 RGB (H, W, 3), to its faces, float (N, 15), from left to right.
 
     Rows are YuNet's: box (x, y, width, height), five landmarks (x, y each), score. Threads can share the
-    function, and it can be pickled. path: of YuNet's file, by default the released one. min_score: 0 to 1.
-    min_face: pixels that a face's box must be wide. Raises UserError if the file is missing or anything else.
+    function, and it can be pickled. path: of YuNet's file, by default the released one. min_score: `NOTICED`
+    to 1. min_face: pixels of a box's longer side. Raises UserError if the file is missing or anything else.
     """
     try:
         look = partial(run_network, Path(path).read_bytes() if path else released_detector())

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,10 +24,13 @@ from devices import rank
 from utkface import GROUP_NAMES, age_to_group, list_pairs, split_settings
 
 
-def missing_groups(faces):
-    """Names of the age groups that no face lies in; one whose age is a range lies in all that it touches."""
-    ends = [(face.age - face.spread, face.age + face.spread) for face in faces]
-    first, last = age_to_group(ends).T  # N each
+def missing_groups(faces, by_year=True):
+    """Names of the age groups that no face lies in.
+
+    A face whose range of ages crosses groups lies in all that it touches `by_year`, and else in none.
+    """
+    ends = [(face.age - face.spread, face.age + face.spread) for face in faces if by_year or face.group >= 0]
+    first, last = age_to_group(np.reshape(ends, (-1, 2))).T  # N each
     there = [((first <= group) & (group <= last)).any() for group in range(len(GROUP_NAMES))]
     return [name for name, found in zip(GROUP_NAMES, there) if not found]
 
@@ -103,19 +107,20 @@ def main(args):
     folders = [train, val] if args.final else [train]
     faces = [face for folder in folders for face in list_pairs(folder, need_masks=args.multitask)]
     training.check_batch_size(args.batch_size, len(faces))
-    about["missing_groups"] = missing_groups(faces)
+    if not args.final and all(face.group < 0 for face in list_pairs(val, need_masks=args.multitask)):
+        lack = "all ages are ranges that cross groups, so that no epoch can be chosen"
+        raise cli.UserError(f"{val}: {lack}: add other faces, or give --final")
+    about["missing_groups"] = missing_groups(faces, by_year=args.age_sigma > 0)
     if about["missing_groups"]:
         lack = f"{train} holds no face of {', '.join(about['missing_groups'])}"
         if not args.age_sigma:
             raise cli.UserError(f"{lack}: add some and run split.py again, or learn years (--age-sigma 2)")
-        print(f"warning: {lack}: the model will not know what they look like", file=sys.stderr)
+        if not rank():
+            print(f"warning: {lack}: the model will not know what they look like", file=sys.stderr)
 
     options = {"with_masks": args.multitask, "seed": args.seed, "workers": args.workers}
     dataset = common.FaceDataset(folders, args.image_size, common.supervised_augmentation, **options)
     val_dataset = None if args.final else common.FaceDataset(val, args.image_size, **options)
-    if val_dataset and not (val_dataset.groups >= 0).any():
-        lack = "all ages are ranges that cross groups, so that no epoch can be chosen"
-        raise cli.UserError(f"{val}: {lack}: add other faces, or give --final")
     torch.manual_seed(args.seed)
     model = common.make_model(vars(args), training=True)
     groups = common.build_param_groups(

@@ -142,7 +142,7 @@ def parse_age(text: str) -> tuple[float, float]:
     if not match:
         raise ValueError(f"age is neither a number nor a range of years: {text.strip()!r}")
     years = [float(number.replace(",", ".")) for number in match.groups() if number]
-    first, last = years[0], OLDEST if match.re is OPEN_RANGE else years[-1]
+    first, last = years[0], max(years[0], OLDEST) if match.re is OPEN_RANGE else years[-1]
     if not 0 <= first <= last <= 130:
         raise ValueError(f"age outside 0 to 130: {word}")
     return first, last

@@ -10,6 +10,7 @@ Faces are found by YuNet, which is downloaded once into torch.hub's cache. From 
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ import drawing
 from cli import UserError, as_text
 from common import faces_at_once, infer, load_model, to_input
 from devices import autocast, choose_device, choose_precision
-from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, Crop, find_crops, open_detector, place_mask
+from faces import LANDMARK_NAMES, MIN_FACE, MIN_SCORE, NOTICED, Crop, find_crops, open_detector, place_mask
 from utkface import AGE_GROUPS, GROUP_NAMES, MIN_SIDE, decode_image, flatten, page_count, walk_files
 
 AGES = ("predicted_age", "age_low", "age_high")
@@ -415,6 +416,10 @@ def check_outputs(args, checkpoint, paths, top):
             cli.check_writable(flag, folder)
     if args.overlay:
         outputs += [("--overlay", drawing.overlay_path(path, args.overlay, top)) for path in paths]
+    if args.masks:  # how many faces there are is not known yet
+        inside = os.path.join(os.path.realpath(args.masks), "")
+        named = [path for path in paths if re.search(r"_\d+_mask\.png$", path.name)]
+        outputs += [("--masks", path) for path in named if os.path.realpath(path).startswith(inside)]
     taken = {os.path.realpath(path): "the pictures" for path in paths}
     taken |= {os.path.realpath(path): path for path in (checkpoint, args.detector) if path}
     for flag, path in outputs:
@@ -439,10 +444,10 @@ def get_parser():
     add = parser.add_argument
     add("inputs", nargs="*", metavar="PICTURE", help="pictures, folders of them, and videos")
     add_model_flags(parser)
-    add("--detector-score", metavar="S", type=cli.number(float, 0, 1), default=MIN_SCORE,
-        help="how sure the detector must be of a face, 0 to 1")
+    add("--detector-score", metavar="S", type=cli.number(float, NOTICED, 1), default=MIN_SCORE,
+        help=f"how sure the detector must be of a face, {NOTICED} to 1")
     add("--min-face", metavar="N", type=cli.number(int, 10), default=MIN_FACE,
-        help="pixels that a face must be wide; below the default, more are found")
+        help="pixels of a face's longer side at least; below the default, more are found")
     add("--every", metavar="N", type=cli.number(int, 1), default=1, help="look at each N-th frame of a video")
     add("--csv", metavar="FILE", help="table to write, a row a face")
     add("--json", metavar="FILE", help="the same as JSON, with the names of the groups")

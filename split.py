@@ -249,9 +249,12 @@ def write_split(source, target, rows, conflicts, settings, overwrite):
         if target.exists():
             if not overwrite and any(target.iterdir()):
                 raise cli.UserError(f"--output {target} holds another split: --overwrite replaces it")
-            foreign = {path.name for path in target.glob("[!.]*")} - {path.name for path in new.iterdir()}
+            own = {path.name for path in new.iterdir()}
+            foreign = [path for path in target.glob("[!.]*") if path.name not in own]
+            inside = [path for split in SPLITS for path in target.glob(f"{split}/[!.]*")]
+            foreign += [path for path in inside if not path.name.endswith(("_image.png", "_mask.png"))]
             if foreign:
-                raise cli.UserError(f"--output {target} holds {min(foreign)} beside a split: move it away")
+                raise cli.UserError(f"--output: {min(foreign)} lies there beside a split: move it away")
             target.rename(building / "old")
         new.rename(target)
         return False

@@ -231,8 +231,8 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     args.init_sha256 = hashlib.sha256(init.read_bytes()).hexdigest() if init.is_file() else None
     if not rank():
         for suffix in (".pt", ".last.pt", ".csv", ".png"):  # of a run that was killed
-            name = escape(cli.beside(out, suffix).name)
-            cli.remove_leftovers(out.parent, f".tmp-????????-{name}", age=0)
+            path = Path(os.path.realpath(cli.beside(out, suffix)))  # beside which `atomic_path` writes
+            cli.remove_leftovers(path.parent, f".tmp-????????-{escape(path.name)}", age=0)
     if args.overwrite:
         return None
     if not last.exists():

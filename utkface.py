@@ -128,17 +128,19 @@ def split_settings(folder: str | Path) -> dict:
     """The `SPLIT_SETTINGS` that split.py made `folder` with, {} if others made it."""
     try:
         made = dict(yaml.safe_load((Path(folder) / "split.yaml").read_text(encoding="utf-8")))
-        return {key: value for key, value in made.items() if key in SPLIT_SETTINGS}  # no notes of others
+        own = {key: value for key, value in made.items() if key in SPLIT_SETTINGS}  # no notes of others
+        return {key: value for key, value in own.items() if isinstance(value, int | float | list)}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         raise UserError(f"{folder}/split.yaml cannot be read: run split.py again with --overwrite") from None
 
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights' sake
 MIN_SIDE = 16  # pixels below which a picture shows no face
 MAX_PIXELS = 50_000_000
-ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # without which OpenCV fills what is missing with grey
+# Without these OpenCV fills what is missing with grey. MPO is a JPEG with more pictures behind it.
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 # No others: Pillow hands PostScript to Ghostscript, whatever the file is named. Older versions lack the last.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 MID_GREY = (128, 128, 128, 255)  # what lies under transparent pixels

@@ -71,6 +71,14 @@ def test_configs_that_ship_are_read_from_any_folder(tmp_path, monkeypatch):
     assert parse_args(parser, ["--config", "configs/quickstart.yaml"]).count == 2000
 
 
+def test_a_flag_that_may_stand_alone_does_so_in_yaml(tmp_path):
+    parser = script_parser("masks", "test")
+    parser.add_argument("--detect", nargs="?", choices=["single", "largest"], const="single")
+    for text, detect in (("true", "single"), ("false", None), ("largest", "largest")):
+        (tmp_path / "c.yaml").write_text(f"detect: {text}\n")
+        assert parse_args(parser, ["--config", str(tmp_path / "c.yaml")]).detect == detect
+
+
 @pytest.mark.parametrize("text", ["", "# seed: 3\n", "split:\n  # seed: 3\n", "split:\nmasks:\n"])
 def test_what_is_commented_out_is_not_there(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)

@@ -47,6 +47,13 @@ def test_model_shapes(multitask, height, width):
     assert mask_logits.shape == (2, 1, height, width) if multitask else mask_logits is None
 
 
+def test_masks_are_smooth_to_the_pixel():
+    sides = zip((64, 64, 128, 256, 512), (32, 16, 8, 4, 2))
+    logits = common.MaskDecoder().eval()([torch.randn(1, count, side, side) for count, side in sides])
+    assert logits.shape == (1, 1, 64, 64)
+    assert not torch.equal(logits[..., ::2, ::2], logits[..., 1::2, 1::2])
+
+
 def test_model_size():
     assert sum(parameter.numel() for parameter in MultitaskResNet18().parameters()) <= 12_300_000
 
@@ -357,6 +364,14 @@ def test_faces_are_turned_a_little():
         assert abs(left - right) <= 10  # 8.5 at 12°
 
 
+def test_faces_are_stretched_a_little():
+    y, x = np.mgrid[:96, :96] - 48
+    disc = np.repeat(np.where(x**2 + y**2 < 19**2, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+    for cropped in drawn_by(A.RandomResizedCrop, disc):
+        height, width = map(np.ptp, np.nonzero(cropped[..., 0] > 127))
+        assert 0.83 < width / height < 1.2
+
+
 def test_skin_stays_of_the_colour_of_skin():
     for jittered in drawn_by(A.ColorJitter, np.full((32, 32, 3), (200, 150, 120), np.uint8)):
         red, green, blue = jittered[0, 0]
@@ -638,6 +653,8 @@ def test_soft_age_labels_by_hand():
 def test_soft_labels_of_a_range_are_flat_on_it():
     labels = common.soft_age_labels(torch.tensor([24.5, 30]), 2.0, torch.tensor([4.5, 0]))
     assert torch.equal(labels[1], common.soft_age_labels(torch.tensor([30]), 2.0)[0])
+    beyond = common.soft_age_labels(torch.tensor([105.0]), 2.0, torch.tensor([10.0]))[0]
+    assert torch.allclose(beyond[95:], beyond[95:96]) and beyond[94] < 0.9 * beyond[95]  # of 95 to 115
     flat = labels[0, 20:30]
     assert torch.allclose(flat, flat[:1]) and labels[0, 31] / flat[0] == pytest.approx(
         math.exp(-0.5), rel=1e-5

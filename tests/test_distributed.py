@@ -132,3 +132,8 @@ def test_gpus_share_their_batch_statistics(monkeypatch):
     modules = list(training.distribute(MultitaskResNet18(), torch.device("cuda", 1)).modules())
     assert any(isinstance(module, nn.SyncBatchNorm) for module in modules)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in modules) and asked == [[1]]
+
+
+def test_a_process_alone_has_its_model_on_the_device():
+    model = training.distribute(MultitaskResNet18(), torch.device("meta"))
+    assert all(values.is_meta for values in model.state_dict().values())

@@ -141,6 +141,16 @@ def test_a_subgroup_is_small_below_a_hundred_faces():
     assert not [gap for gap in gaps if gap["by"] == "race"]
 
 
+def test_balanced_accuracy_of_a_subgroup_is_as_sure_as_its_rarest_group():
+    faces = [Face(str(i), age, 0, 0) for i, age in enumerate([2] * 8 + [30] * 92)]
+    e = answered(faces, np.eye(6)[[0] * 4 + [3] * 96])
+    [row] = [row for row in score_subgroups(e)[0] if row["subgroup"] == "male"]
+    value, worth = metrics.balanced_accuracy(e.right, e.groups, np.arange(100))
+    ends = row["balanced_accuracy_low"], row["balanced_accuracy_high"]
+    assert row["balanced_accuracy"] == value == 0.75
+    assert ends == pytest.approx(metrics.wilson(value, worth), abs=1e-5)
+
+
 def test_calibration_error_and_what_a_perfect_model_would_show():
     confidence = np.repeat([0.9, 0.5], 4)  # half right at 0.9, and all right at 0.5: (0.4 + 0.5) / 2
     assert metrics.calibration_error(confidence, np.array([1, 1, 0, 0, 1, 1, 1, 1])) == pytest.approx(0.45)
@@ -175,6 +185,9 @@ def test_split_table_as_written_and_as_a_spreadsheet_saves_it(tmp_path, cli, ref
         path.write_text(spelled, newline="")
         found = read_split_table(tmp_path, ["a", "b", "c", "d"])
         assert [values.tolist() for values in found] == [[0, 1, 0, 1], [0, 1, 0, 0], [1, 0, 1, 0]]
+    path.write_text("file,split,duplicate_of\nv,val,\nw,val,\nt,train,v\n")  # by --random
+    _, near_train, near_val = read_split_table(tmp_path, ["v", "w"])
+    assert near_train.tolist() == [True, False] and not near_val.any()
     stems, model = noise_pairs(tmp_path / "test", [30] * 3), untrained(tmp_path / "model.pt")
     for foreign in ("", text, text.replace("file,", "name,"), f"file,split\n{stems[0]}_image.png,test\n"):
         path.write_text(foreign)
@@ -316,6 +329,12 @@ def test_says_of_each_subgroup_and_face_what_is_known(known, scores, tmp_path, c
     assert f"{'mean absolute error in years':34}{off.mean():7.2f}  [" in out
     assert summary["widest_gaps"][1]["difference"] == pytest.approx(100 / 110 - 0.6, abs=1e-6)
     assert summary["effective_n"] == summary["n"] == 280
+    for name, label in (
+        ("accuracy", "accuracy (micro)"), ("f1_macro", "F1 (macro)"),
+        ("precision_macro", "precision (macro)"), ("mask_iou", "mask IoU (mean over faces)"),
+    ):  # fmt: skip
+        value, (low, high) = summary[name].values()
+        assert f"  {label:34}{value:>7.2%}  [{low:.2%}, {high:.2%}]\n" in out
     error, floor = summary["expected_calibration_error"], summary["calibration_error_if_perfect"]
     assert f"{'expected calibration error':34}{error:7.2%}  (" in out
     assert f"perfectly calibrated: {floor['mean']:.2%}" in out
@@ -449,13 +468,15 @@ def test_unseen_faces_keep_their_own_images_ages_and_masks(tmp_path):
 
 def test_figures_show_what_was_measured(monkeypatch):
     faces = [Face(str(i), age, 0, 0) for i, age in enumerate([30] * 6 + [2] * 6)]
-    guesses, sure = np.array([3, 3, 3, 3, 0, 5] + [0] * 6), np.array([0.9] * 4 + [0.92, 0.9] + [0.62] * 6)
+    guesses, sure = np.array([3, 3, 3, 3, 0, 5] + [0] * 6), np.array([0.9] * 4 + [0.9, 0.92] + [0.62] * 6)
     chances = np.eye(6)[guesses] * sure[:, None] + 1e-9
     chances[:, 4] = 1 - sure
     e = answered(faces, chances)
     measure(e, 0)
     matrix = evaluate.plot_confusion_matrix(e).axes[0]
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted", "true")
+    shades = matrix.images[0].get_array()  # true×predicted
+    assert (shades[3, 0], shades[3, 3], shades[0, 3]) == pytest.approx((1 / 6, 4 / 6, 0))
     for labels in (matrix.get_xticklabels(), matrix.get_yticklabels()):
         assert [label.get_text() for label in labels] == GROUP_NAMES
     counts = {text.get_position(): text.get_text() for text in matrix.texts}
@@ -487,8 +508,9 @@ def test_figures_show_what_was_measured(monkeypatch):
     shown, blue = [], np.full((9, 9, 3), (255, 128, 0), np.uint8)  # as OpenCV orders colours
     monkeypatch.setattr(evaluate, "read_image", lambda path: shown.append(path.name) or blue)
     axes = evaluate.plot_mistakes(e, count=1).axes
-    assert shown == ["4_image.png"] and axes[0].images[0].get_array()[0, 0].tolist() == [0, 128, 255]
-    assert axes[0].get_title() == "Young Adult (30)\ntaken for Infant\n92% sure"
+    assert shown == ["5_image.png"] and axes[0].images[0].get_array()[0, 0].tolist() == [0, 128, 255]
+    assert axes[0].get_title() == "Young Adult (30)\ntaken for Older Adult\n92% sure"
+    assert [axis.get_title()[-8:] for axis in evaluate.plot_mistakes(e).axes] == ["92% sure", "90% sure"]
 
 
 def test_own_faces_with_unknown_labels_and_ranges_of_years(tmp_path, cli, no_figures):

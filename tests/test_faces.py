@@ -135,6 +135,9 @@ def test_each_face_of_a_large_picture_once(detector, monkeypatch):
     middles = {(round(c.box[0] + c.box[2] / 2), round(c.box[1] + c.box[3] / 2)): c for c in found}
     assert sorted(middles) == sorted([*places, (512, 1024)]) and len(found) == len(middles)
     assert middles[512, 1024].box[2] == 320 and len(middles[512, 1024].pixels) == 384
+    close, _ = photograph([(512, 384)], (1000, 800), zoom=4)  # which fills half the picture
+    (crop,) = faces.find_crops(close, faces.open_detector(detector))
+    assert crop.box == (352, 224, 320, 320)
     monkeypatch.setattr(faces, "SEEN", 1000)  # so that smaller ones are seen, too
     (crop,) = faces.find_crops(picture, faces.open_detector(detector, min_face=81))
     assert crop.box[2] == 320
@@ -269,6 +272,15 @@ def test_faces_less_sure_than_most_are_found(detector, monkeypatch):
         factors = np.array([1] * 14 + [factor])
         monkeypatch.setattr(faces, "run_network", lambda *args, factors=factors: look(*args) * factors)
         assert len(faces.open_detector(detector)(photograph(PLACES)[0])) == count
+
+
+def test_faces_hardly_noticed_are_found_where_they_are_asked_for(detector):
+    crop = stand_in_face()
+    crop[16:24, 40:48], crop[64:72, 40:48] = (208, 0, 0), (0, 0, 208)  # duller
+    picture, _ = photograph(PLACES[:1], crops=[crop])
+    (found,) = faces.find_crops(picture, faces.open_detector(detector, min_score=0.4))
+    assert 0.4 < found.score < 0.6
+    assert faces.find_crops(picture, faces.open_detector(detector)) == []
 
 
 @pytest.fixture

@@ -447,9 +447,10 @@ def test_damaged_checkpoints_are_named(drawn, train, tmp_path, refuse):
         refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["bad.pt is damaged"])
     torch.save(content | {"format_version": torch.tensor([2, 2])}, tmp_path / "bad.pt")
     refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["format version"])
-    weights = content["weights"] | {"head.bias": content["weights"]["head.bias"] * float("nan")}
-    torch.save(content | {"weights": weights}, tmp_path / "bad.pt")
-    refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["infinite or NaN"])
+    for name in ("head.bias", "backbone.bn1.running_var"):
+        weights = content["weights"] | {name: content["weights"][name] * float("nan")}
+        torch.save(content | {"weights": weights}, tmp_path / "bad.pt")
+        refuse("evaluate", tmp_path / "bad.pt", *data, "--out", tmp_path / "r", words=["infinite or NaN"])
     state = torch.load(tmp_path / "m.last.pt", weights_only=True)
     flags = [*data, *TRAINING, "--epochs", 1, "--out", good]
     damaged = [state | {"model": {"head.weight": torch.zeros(1)}}]

@@ -144,6 +144,23 @@ def test_final_learns_from_val_too_and_keeps_the_last_epoch(drawn, tmp_path, cli
     assert code == 0 and f"--init has learned from {count} of the {count} faces of val" in err
 
 
+def test_a_group_that_val_alone_holds_is_learned_by_final(tmp_path, cli, monkeypatch, small_model):
+    monkeypatch.setattr(training, "train_one_epoch", lambda run, _: add_one(run.model))
+    noise_pairs(tmp_path / "train", [10, 20, 30, 50, 70] * 4)
+    noise_pairs(tmp_path / "val", [2])
+    flags = ["--data", tmp_path, *FAST, "--init", "random", "--epochs", 1, "--out", tmp_path / "m.pt"]
+    assert cli("finetune", *flags, "--final", "--age-sigma", 0)[0] == 0
+    assert load_checkpoint(tmp_path / "m.pt", "model")["missing_groups"] == []
+
+
+def test_ranges_that_cross_groups_are_no_faces_of_them_where_groups_alone_are_learned(tmp_path, refuse):
+    for part in ("train", "val"):
+        noise_pairs(tmp_path / part, ["10-19", "20-29", 2, 30, 50, 70] * 4)
+    flags = ["--data", tmp_path, *FAST, "--init", "random", "--out", tmp_path / "m.pt"]
+    refuse("finetune", *flags, "--age-sigma", 0, words=["holds no face of Child, Youth"])
+    assert finetune.missing_groups([]) == finetune.GROUP_NAMES
+
+
 def test_years_are_learned_where_groups_are_missing(tmp_path, cli):
     """Adults only, some of unknown gender, some known by a range; what is unknown is no class of its own."""
     for part in ("train", "val"):
@@ -226,6 +243,9 @@ def test_age_loss_by_hand():
     args = Namespace(mask_weight=0.5, attribute_weight=0, age_sigma=0)
     found = finetune.multitask_losses(lambda _, heads: (logits[:, :6], None, None), batch, args)
     assert found[1] == pytest.approx(-logits[:, :6].log_softmax(dim=1)[[0, 1], [0, 5]].mean().item())
+    batch["group"] = torch.tensor([0, -1])  # a range that crosses groups
+    found = finetune.multitask_losses(lambda _, heads: (logits[:, :6], None, None), batch, args)
+    assert found[1] == pytest.approx(-logits[0, :6].log_softmax(dim=0)[0].item(), rel=1e-5)
 
 
 def test_faces_of_unknown_gender_and_race_are_learned_by_age():

@@ -147,7 +147,17 @@ def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
     ]
     assert "unreadable" in reasons["UTKFace/2_0_0_20170000000000002.jpg"]
     assert "unreadable" in reasons["UTKFace/3_0_0_20170000000000003.jpg"]
-    assert "same name" in reasons["again/1_0_0_20170000000000001.jpg.chip.jpg"]
+    used = "UTKFace/1_0_0_20170000000000001.jpg.chip.jpg"
+    assert reasons["again/1_0_0_20170000000000001.jpg.chip.jpg"] == f"same name as {used}"
+
+
+def test_what_is_skipped_is_sorted(raw, tmp_path, cli):
+    shutil.copytree(raw, tmp_path / "in")
+    names = [f"{i:02}.txt" for i in range(20)]
+    for name in names:
+        (tmp_path / "in" / name).touch()
+    assert cli("masks", "--input", tmp_path / "in", "--output", tmp_path / "out")[0] == 0
+    assert list(skipped(tmp_path / "out")) == names
 
 
 def test_links_in_an_archive_are_followed_and_others_named(raw, tmp_path, cli, monkeypatch):
@@ -348,6 +358,7 @@ def test_masks_agree_with_the_truth(drawn):
     for path in sorted((drawn / "dataset/processed").glob("*_mask.png")):
         found, true = read(path) > 0, read(drawn / "dataset/raw_masks" / path.name) > 0
         overlaps.append((found & true).sum() / (found | true).sum())
+    assert set(np.unique(read(drawn / "dataset/raw_masks" / path.name))) == {0, 255}
     assert len(overlaps) == 150 and np.mean(overlaps) > 0.87 and np.percentile(overlaps, 5) > 0.75
 
 
@@ -514,8 +525,15 @@ def test_drawn_faces_from_any_folder(tmp_path, cli, refuse):
     assert len(stems) == 7 and all(parse_name(f"{stem}.jpg") for stem in stems)
     assert {path.name for path in masks.iterdir()} == {f"{stem}_mask.png" for stem in stems}
     min(before).unlink()
+    (images / ".tmp-1234-a.jpg").write_bytes(b"half")  # a killed run's
     code, out, _ = cli("synthesize", "--count", 7, "--seed", 3, "--workers", 2, cwd=tmp_path)
     assert code == 0 and "1 faces drawn, 6 already there" in out
+    (images / ".tmp-1234-a.jpg").unlink()
+    max(before).unlink()  # a mask
+    assert "1 faces drawn" in cli("synthesize", "--count", 7, "--seed", 3, cwd=tmp_path)[1]
+    min(before).write_bytes(b"old")
+    _, out, _ = cli("synthesize", "--count", 7, "--seed", 3, "--overwrite", cwd=tmp_path)
+    assert "7 faces drawn, 0 already there" in out
     assert before == {path: path.read_bytes() for folder in (images, masks) for path in folder.iterdir()}
     assert cli("synthesize", "--count", 1, "--workers", 0, "--output", f"{tmp_path}/a/")[0] == 0
     assert len(list((tmp_path / "a").iterdir())) == len(list((tmp_path / "a_masks").iterdir())) == 1

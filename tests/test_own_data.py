@@ -13,8 +13,8 @@ import pytest
 
 from conftest import ROOT, commands
 from faces import LANDMARKS
-from inputs import match_labels, parse_age, parse_label
-from masks import looks_like_a_crop
+from inputs import match_labels, parse_age, parse_label, read_labels
+from masks import looks_like_a_crop, single_face
 from utkface import GENDERS, RACES, age_to_group, list_pairs, parse_name
 
 PLACES = {  # height of a drawn photograph → where in it faces lie: x, y, side
@@ -242,7 +242,7 @@ def test_drawn_faces_are_not_taken_for_photographs(drawn, tmp_path, cli):
         ("31", (31, 31)), (" 4.5 ", (4.5, 4.5)), ("31,5", (31.5, 31.5)), ("130", (130, 130)),
         ("20-29", (20, 29)), ("0 – 2", (0, 2)), ("(25, 32)", (25, 32)), ("(8,12)", (8, 12)),
         ("70+", (70, 100)), ("more than 70", (70, 100)), (">=60", (60, 100)), ("infant", (0, 4)),
-        ("Older Adult", (65, 100)), ("3 to 9", (3, 9)),
+        ("Older Adult", (65, 100)), ("3 to 9", (3, 9)), ("105+", (105, 105)),
         ("", "no age"), ("NaN", "no age"), ("-3", "outside 0 to 130"), ("131", "outside 0 to 130"),
         ("29-20", "outside 0 to 130"), ("thirty", "neither a number nor a range"), ("1990-05-01", "neither"),
         ("1e1", "neither"), ("inf", "neither"),
@@ -282,6 +282,9 @@ def test_a_row_finds_its_file_by_path_or_bare_name(tmp_path):
     ]  # fmt: skip
     both = ["1.jpg", "b/1.jpg"]  # the first's path is the bare name of both
     assert match_labels([("1.jpg", label), ("b/1.jpg", other)], both, tmp_path)[0].keys() == set(both)
+    for row in ("c/e\u0301.jpg", "e\u0301.jpg", "c/\u00e9.jpg"):  # accents composed and taken apart
+        for name in ("c/\u00e9.jpg", "c/e\u0301.jpg"):
+            assert match_labels([(row, label)], [name], tmp_path)[0].keys() == {name}
     (tmp_path / "link").symlink_to(tmp_path)  # a row that leads there by another way
     rows.append((os.path.realpath(tmp_path / "7.jpg"), label))
     assert match_labels(rows, [*names, "7.jpg"], tmp_path / "link")[0].keys() >= {"7.jpg"}
@@ -344,6 +347,33 @@ def test_bad_tables(faces, tmp_path, cli, refuse):
     code, _, err = cli("masks", *flags)
     assert code == 0 and "warning: race 'Martian' is unknown to --labels, in 1 rows" in err
     assert list(found(tmp_path / "out").values()) == [(30, -1, -1, 0)]
+    (tmp_path / "t.csv").write_text("file,age,race\n1.png,30,Martian\n2.png,30,Martian\n")
+    assert "race 'Martian' is unknown to --labels, in 2 rows" in cli("masks", *flags, "--overwrite")[2]
+
+
+@pytest.mark.parametrize(
+    "column, names",
+    [
+        ("file", "file file_name filename img_name image path"), ("age", "age real_age apparent_age_avg"),
+        ("gender", "gender sex"), ("race", "race ethnicity"),
+    ],
+)  # fmt: skip
+def test_columns_by_all_their_names(tmp_path, column, names):
+    for name in names.split():
+        values = {"file": "1.png", "age": "30", "gender": "female", "race": "Asian"}
+        header = [name if key == column else key for key in values]
+        write_table(tmp_path / "t.csv", [header, list(values.values())])
+        assert read_labels(str(tmp_path / "t.csv")) == [("1.png", (30, 30, 1, 2))]
+
+
+def test_the_largest_face_is_taken_wherever_it_lies():
+    rows = [
+        [x, y, side, side, *(LANDMARKS * side + (x, y)).ravel(), 0.9]
+        for x, y, side in ((20, 30, 200), (250, 250, 120))
+    ]
+    for faces in (rows, rows[::-1]):
+        crop = single_face(np.zeros((400, 400, 3), np.uint8), lambda _, faces=faces: np.array(faces), True)
+        assert len(crop) == 200
 
 
 def test_many_rows_without_files(faces, tmp_path, cli):

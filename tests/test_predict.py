@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -247,6 +248,11 @@ def test_names_that_are_no_text_or_too_long(model, tmp_path, cli):
         code, out, err = cli("predict", "in", *flags, "--masks", "in", cwd=tmp_path)
         assert code == 0 and "6 faces in 6 pictures" in out, err
         assert err.startswith(f"passed over {drawn} pictures drawn by an earlier run") == (drawn > 0)
+    (tmp_path / "n").mkdir()
+    face.save(tmp_path / "n/a\x1b[2J.png")
+    (tmp_path / "n/b\x1b[2J.txt").touch()
+    _, out, err = cli("predict", "n", "--checkpoint", model, *ALIGNED, cwd=tmp_path)
+    assert r"n/a\x1b[2J.png, face 0: " in out and r"b\x1b[2J.txt" in err and "\x1b" not in out + err
 
 
 def test_pixels_are_not_decoded_to_tell_a_photograph(tmp_path, monkeypatch):
@@ -264,18 +270,32 @@ def test_what_other_programs_have_saved_is_a_photograph(tmp_path):
     assert not drawing.is_own(tmp_path / "a.jpg") and drawing.is_own(tmp_path / "b.jpg")
 
 
-def test_outputs_lie_as_their_pictures_do(tmp_path):
+def test_outputs_lie_as_their_pictures_do(model, tmp_path, cli):
+    for name in "ab":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / f"in/{name}/x.png")
+    flags = ["--checkpoint", model, *ALIGNED, "--overlay", "o", "--masks", "m"]
+    assert cli("predict", "in", *flags, cwd=tmp_path)[0] == 0
+    for name in "ab":
+        assert (tmp_path / f"o/{name}/x.png").exists() and (tmp_path / f"m/{name}/x.png_0_mask.png").exists()
+    assert (
+        drawing.output_path(Path("x_0_mask.png"), "m", ".", "_0_mask.png").name == "x_0_mask.png_0_mask.png"
+    )
     for name in "ab":
         place = drawing.output_path(tmp_path / f"in/{name}/x.png", "m", tmp_path / "in", "_0_mask.png")
         assert place == Path(f"m/{name}/x.png_0_mask.png")
-    (tmp_path / "in").symlink_to(tmp_path)  # a link leads nowhere else
-    place = drawing.output_path(tmp_path / "in/x.png", "m", tmp_path / "in", "_0_mask.png")
+    (tmp_path / "link").symlink_to(tmp_path)  # which leads nowhere else
+    place = drawing.output_path(tmp_path / "link/x.png", "m", tmp_path / "link", "_0_mask.png")
     assert place == Path("m/x.png_0_mask.png")
 
 
 def test_a_narrow_picture_is_not_enlarged_beyond_memory():
     assert drawing.draw_faces(np.zeros((16, 9000, 3), np.uint8), []).size == (9000, 16)
     assert drawing.draw_faces(np.zeros((90, 100, 3), np.uint8), []).size == (400, 360)
+    face = predict.Prediction(
+        "Infant", np.eye(6)[0], None, None, None, (0, 0, 16, 16), None, None, False, None, None, (16, 9000, 3)
+    )
+    assert drawing.draw_faces(np.zeros((16, 9000, 3), np.uint8), [face]).size == (9000, 16)
 
 
 def test_box_and_outline_lie_on_the_face():
@@ -402,6 +422,7 @@ def test_faces_in_photographs(model, detector, tmp_path, cli):
     code, out, err = cli("predict", "upright.png", "turned.png", *flags, "--masks", "m", cwd=tmp_path)
     assert code == 0 and err == "" and "4 faces in 2 pictures, 0 skipped" in out
     said, table = json.loads((tmp_path / "f.json").read_text()), read(tmp_path / "f.csv")
+    digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
     assert [(row["file"], row["face"]) for row in said] == [
         ("upright.png", 0), ("upright.png", 1), ("turned.png", 0), ("turned.png", 1),
     ]  # fmt: skip
@@ -416,7 +437,7 @@ def test_faces_in_photographs(model, detector, tmp_path, cli):
             assert [float(flat["nose_x"]), float(flat["nose_y"])] == row["landmarks"]["nose"]
             assert row["score"] == pytest.approx(0.95, abs=1e-3) and float(flat["score"]) == row["score"]
             assert row["picture"] == [400, 304] == [int(flat[f"picture_{x}"]) for x in ("width", "height")]
-            assert row["model"] == {"name": "model.pt", "sha256": flat["model_sha256"]}
+            assert row["model"] == {"name": "model.pt", "sha256": digest} and flat["model_sha256"] == digest
             assert row["too_small"] is False and row["reason"] is None
             assert np.allclose(list(row["probabilities"].values()), alone.probabilities, atol=1e-4)
             assert row["predicted_age"] == alone.predicted_age
@@ -460,6 +481,12 @@ def test_small_faces_are_said_to_be(model, detector, tmp_path, cli, monkeypatch)
     for flag, value in (("--min-face", 90), ("--detector-score", 0.99)):
         code, _, err = cli(*flags, flag, value)
         assert code == 2 and "no face found" in err
+    assert cli(*flags, "--detector-score", 0.2)[0] == 2  # below what the detector is asked for
+    look = faces.run_network
+    for factor, code in ((0.84, 0), (0.76, 2)):  # of a score of 0.95
+        factors = np.array([1] * 14 + [factor])
+        monkeypatch.setattr(faces, "run_network", lambda *args, factors=factors: look(*args) * factors)
+        assert cli(*flags)[0] == code
 
 
 def test_videos(model, detector, tmp_path, cli, monkeypatch):
@@ -496,6 +523,10 @@ def test_videos(model, detector, tmp_path, cli, monkeypatch):
     for rate in (119.9433, 90_000, 0.0008):
         with drawing.open_video(tmp_path / "rate.mp4", rate, (64, 64)) as append:
             append(Image.new("RGB", (64, 64)))
+    with drawing.open_video(tmp_path / "rate.mp4", 25 / 10, (64, 64)) as append:
+        for _ in range(5):
+            append(Image.new("RGB", (64, 64)))
+    assert cv2.VideoCapture(str(tmp_path / "rate.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(2.5)
     (tmp_path / "full/clip.avi.mp4").mkdir(parents=True)  # in the way of the video
     code, out, err = cli("predict", "clip.avi", *flags, "--overlay", "full", cwd=tmp_path)
     assert code == 1 and err.count("failed: full/clip.avi.mp4 cannot be written") == 1 and "6 faces" in out
@@ -523,13 +554,17 @@ def test_videos(model, detector, tmp_path, cli, monkeypatch):
 def test_what_follows_a_video_is_drawn_as_well_and_in_its_colours(model, tmp_path, cli):
     red = np.full((64, 64, 3), (0, 0, 200), np.uint8)  # BGR
     writer = cv2.VideoWriter(str(tmp_path / "a.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
-    writer.write(red)
+    for _ in range(3):
+        writer.write(red)
     writer.release()
     cv2.imwrite(str(tmp_path / "b.png"), red)
-    flags = ["--checkpoint", model, *ALIGNED, "--overlay", "o"]
+    flags = ["--checkpoint", model, *ALIGNED, "--overlay", "o", "--masks", "m", "--csv", "f.csv"]
     (tmp_path / "a.avi").rename(tmp_path / "a.AVI")  # as cameras name them
     assert cli("predict", "a.AVI", "b.png", *flags, cwd=tmp_path)[0] == 0
     assert sorted(os.listdir(tmp_path / "o")) == ["a.AVI.mp4", "b.png"]
+    assert [row["frame"] for row in read(tmp_path / "f.csv")] == ["0", "1", "2", ""]
+    masks = [f"a.AVI_00000{i}_0_mask.png" for i in range(3)]
+    assert sorted(os.listdir(tmp_path / "m")) == [*masks, "b.png_0_mask.png"]
     blue, _, red = cv2.VideoCapture(str(tmp_path / "o/a.AVI.mp4")).read()[1].mean(axis=(0, 1))
     assert red > blue + 50
 
@@ -777,7 +812,13 @@ def test_bad_input(model, tmp_path, cli, refuse, monkeypatch):
     refuse("predict", picture, *flags_of_yaml, words=["--detector", "--aligned"])
     (tmp_path / "link").symlink_to(tmp_path)
     for place in (tmp_path, tmp_path / "link"):
-        refuse("predict", picture, *flags, "--overlay", place, words=["--overlay", "replace the pictures"])
+        for named in (picture, tmp_path / "link" / picture.name):
+            refuse("predict", named, *flags, "--overlay", place, words=["--overlay", "replace the pictures"])
+    refuse("predict", named, *flags, "--json", picture, words=["replace the pictures"])
+    mask = shutil.copy(picture, tmp_path / "a.png_0_mask.png")
+    refuse("predict", mask, *flags, "--masks", tmp_path / "link", words=["--masks", "replace the pictures"])
+    for flag in ("--overlay", "--masks"):
+        refuse("predict", picture, *flags, flag, picture / "x", words=[flag, "no folder that can be written"])
     (tmp_path / "here").mkdir()
     shutil.copy(picture, tmp_path / "here")
     for inputs, folder, cwd in (

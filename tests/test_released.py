@@ -59,4 +59,6 @@ def test_finetune_starts_from_it(drawn, tmp_path, cli):
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--epochs", 1]
     code, out, err = cli("finetune", "--init", RELEASED, *flags, cwd=tmp_path)
     assert code == 0, err
-    assert "120 of 120 tensors loaded" in out and (tmp_path / "model.pt").is_file()
+    assert "120 of 120 tensors loaded" in out
+    config = load_checkpoint(tmp_path / "model.pt", "model")["config"]
+    assert len(config["init_sha256"]) == 64  # of the file, wherever it lies

@@ -196,6 +196,13 @@ def test_large_families_are_placed_first(seed):
     assert np.bincount(splits).tolist() == [10, 6, 4]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_families_are_dealt_by_age(seed):
+    groups, components = np.repeat([0, 1], 4), np.repeat([0, 2, 4, 6], 2)
+    splits = assign(groups, components, (0.5, 0.5, 0), seed)
+    assert np.bincount(groups[splits == 0]).tolist() == [2, 2]
+
+
 @pytest.mark.parametrize("fractions", [(0.7, 0.1, 0.2), (0.5, 0.5, 0), (0, 0.25, 0.75)])
 def test_shares_hold_for_every_group_despite_duplicates(fractions):
     rng = np.random.default_rng(1)
@@ -246,6 +253,7 @@ def test_every_pair_lands_in_exactly_one_split(processed, tmp_path, cli):
     target = tmp_path / "split"
     code, out, _ = cli("split", "--input", processed, "--output", target)
     assert code == 0
+    assert out.splitlines()[0].split() == ["train", "val", "test", "all"]
     assert [line.split() for line in out.splitlines()[1:8:6]] == [
         ["Infant", "14", "2", "4", "20"],
         ["all", "84", "12", "24", "120"],
@@ -295,6 +303,10 @@ def test_split_depends_on_the_seed_and_not_on_file_order(processed, tmp_path, cl
         assert cli("split", "--input", folder, "--output", tmp_path / out, *flags)[0] == 0
     assert tree(tmp_path / "x") == tree(tmp_path / "y")
     assert tree(tmp_path / "x" / "train") != tree(tmp_path / "z" / "train")
+    for seed in "01":
+        flags = ["--input", processed, "--output", tmp_path / f"r{seed}", "--random", "--seed", seed]
+        assert cli("split", *flags)[0] == 0
+    assert tree(tmp_path / "r0" / "train") != tree(tmp_path / "r1" / "train")
 
 
 def test_zero_fractions_make_an_exam(processed, tmp_path, cli):
@@ -412,7 +424,10 @@ def test_a_link_is_followed_and_other_folders_are_never_replaced(processed, tmp_
     (tmp_path / "big/.DS_Store").touch()
     assert "already" in cli("split", *flags, tmp_path / "s")[1]
     again = ["split", *flags, tmp_path / "s", "--seed", 1, "--overwrite"]
-    refuse(*again, words=["model.pt beside a split", "move"])
+    refuse(*again, words=["model.pt lies there beside a split", "move"])
+    (tmp_path / "big/model.pt").rename(tmp_path / "big/train/model.pt")
+    refuse(*again, words=["train/model.pt lies there beside a split", "move"])
+    (tmp_path / "big/train/model.pt").rename(tmp_path / "big/model.pt")
     assert (tmp_path / "big/model.pt").read_text() == "days of work"
 
 

@@ -242,6 +242,7 @@ def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkey
     assert (other["Task"], other["Seeds"]) == ("classification", "0")
     assert other["Other settings"] == "age-sigma off"
     assert (other[METRICS["mae_years"]], other[METRICS["mask_iou"]]) == ("–", "–")
+    assert one["F1 (macro)"].startswith(f"{100 * scores[2]['f1_macro']['value']:.1f} [")
     [difference] = read_table(tmp_path / "r/table.md", "Difference")
     assert (difference["Difference"], difference["Holds for"]) == (
         "differentiated − uniform", "these trained models only"
@@ -249,6 +250,8 @@ def test_scores_models_and_groups_them(tmp_path, cli, refuse, no_figures, monkey
     assert cli("evaluate", paths[0], *flags[:4], "--out", tmp_path / "e", "--seed", 1, *FLAGS)[0] == 0
     alone = json.loads((tmp_path / "e/metrics.json").read_text())
     assert alone == scores[0]  # the same draws as evaluate.py's
+    assert cli("evaluate", paths[2], *flags[:4], "--out", tmp_path / "e", "--seed", 1, *FLAGS)[0] == 0
+    assert json.loads((tmp_path / "e/metrics.json").read_text()) == scores[2]  # and for all models
     refuse("table", runs / "c.pt", *flags, words=["none of the 1 files is a model"])
     refuse("table", paths[0], "--data", tmp_path, words=["test"])
     refuse("table", paths[0], *flags[:4], "--results", paths[0] / "r", words=["--results", "written"])
@@ -269,6 +272,8 @@ def test_models_of_one_name_have_their_own_results(tmp_path, cli, monkeypatch):
     models = "a/m.pt", "b/m.pt", "./a/m.pt"
     assert cli("table", *models, "--data", "d", *FLAGS, cwd=tmp_path)[0] == 0
     assert places == ["results/a/m", "results/b/m"]
+    assert cli("table", "a/m.pt", "--data", "d", *FLAGS, cwd=tmp_path)[0] == 0
+    assert places[-1] == "results/m"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -304,17 +309,20 @@ def calls(monkeypatch):
 
 
 def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, calls, monkeypatch):
-    places = []
-    monkeypatch.setattr(
-        table, "score_model", lambda path, *_, **__: scored(0.7, load_checkpoint(path, "model"))
-    )
+    places, dtypes = [], []
+
+    def answer(path, folder, device, dtype, *_, **__):
+        dtypes.append(dtype)
+        return scored(0.7, load_checkpoint(path, "model"))
+
+    monkeypatch.setattr(table, "score_model", answer)
     monkeypatch.setattr(table, "measure", lambda *_: None)
     monkeypatch.setattr(table, "write_results", lambda _, place: places.append(str(place)))
     (tmp_path / "c.yaml").write_text(
         "pretrain: {image-size: 32, epochs: 7}\nfinetune: {image-size: 32, lr: 0.5}\n"
     )
     flags = ["--data", "d", "--config", "c.yaml", "--device", "cpu", "--workers", 0, "--precision", "bf16"]
-    flags += ["--weights", "random", "rank", "age", "--tasks", "multitask", "--seeds", 3, 4]
+    flags += ["--weights", "random", "rank", "age", "--tasks", "multitask", "--seeds", 3, 4, 3]
     code, out, _ = cli("table", *flags, cwd=tmp_path)
     assert code == 1 and "6 models; 6 failed" in out.splitlines()[-1]
     text = (tmp_path / "results/table.md").read_text()
@@ -329,6 +337,7 @@ def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, call
         ("uniform", "contrastive (rank)", "3, 4"),
         ("differentiated", "contrastive (rank)", "3, 4"),
     ]
+    assert set(dtypes) == {torch.float32}  # whatever they are trained in
     assert "epochs 7" in text and "lr 0.5" in text and "on 9 faces of" in text
     assert [script for script, _ in calls] == 2 * [
         *["finetune"] * 2,

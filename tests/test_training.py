@@ -181,9 +181,10 @@ def test_what_torchrun_wraps_is_scored_and_saved_bare(
 def test_the_network_that_torchrun_wraps_is_trained_and_its_losses_averaged(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "distribute", lambda model, _: Wrapped(model))
     monkeypatch.setattr(training, "mean_over_ranks", lambda values: values * 0 + 7)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda values: values + 1)  # NCCL takes no tensor from there
     run, seen = begin(tmp_path, "fp32"), []
     losses = train_one_epoch(run, lambda model, batch: seen.append(model) or group_losses(model, batch))
-    assert seen and all(model is run.network for model in seen) and (losses == 7).all()
+    assert seen and all(model is run.network for model in seen) and (losses == 8).all()
 
 
 def test_processes_compare_their_faces_and_settings(tmp_path, monkeypatch):
@@ -192,7 +193,10 @@ def test_processes_compare_their_faces_and_settings(tmp_path, monkeypatch):
     noise_pairs(tmp_path / "b/train", [31], seed=9)  # another face
     for folder, precision in (("a", "fp32"), ("b", "fp32"), ("a", "bf16")):
         begin(tmp_path / folder, precision)
-    assert len(set(asked)) == 3
+    run = begin(tmp_path / "a", "fp32")
+    training.finish_epoch(run, {"loss": 1.0})
+    begin(tmp_path / "a", "fp32", load_checkpoint(tmp_path / "a/o.last.pt", "model.last"))
+    assert len(set(asked)) == 4 and asked[0] == asked[3]
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
@@ -239,6 +243,12 @@ def test_precision_auto_on_cuda(monkeypatch):
 
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert devices.choose_precision("auto", torch.device("cuda")) == dtype
+
+
+def test_all_of_a_batch_lies_on_the_device():
+    batch = {"image": np.zeros((2, 32, 32, 3), np.uint8), "mask": np.zeros((2, 32, 32), np.uint8)}
+    batch |= {"age": np.zeros(2), "group": np.zeros(2, np.int64)}
+    assert all(values.is_meta for values in to_device(batch, torch.device("meta")).values())
 
 
 def test_copies_wait_unless_pinned_to_cuda(monkeypatch):
@@ -354,7 +364,7 @@ def test_other_masks_and_labels_are_noticed(drawn):
     before = training.checksum([dataset])
     dataset.masks[0, 0, 0] ^= 255
     assert training.checksum([dataset]) != before != training.checksum([dataset, dataset])
-    for values in dataset.labels.values():
+    for values in (*dataset.labels.values(), dataset.hashes):  # the last: another picture of the same name
         before = training.checksum([dataset])
         values[0] += 1
         assert training.checksum([dataset]) != before
@@ -482,6 +492,9 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(devices.torch, "empty", Mock())  # no GPU is needed
     assert str(devices.choose_device("cuda")) == "cuda:3" and str(devices.choose_device("cuda:1")) == "cuda:1"
     assert str(devices.choose_device("cpu")) == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        assert str(devices.choose_device("cuda")) == "cuda:0"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert str(devices.choose_device("auto")) == "cuda:3"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -58,6 +58,7 @@ def test_good_names(ending):
     face = parse_name("26_1_3_20170116184751593" + ending)
     assert face == ("26_1_3_20170116184751593", 26, 1, 3, 0) and isinstance(face.age, int)
     assert (face.stem, face.age, face.gender, face.race, face.spread) == face and face.group == 3
+    assert parse_name("116_0_0_20170116184751593" + ending).age == 116
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,9 @@ def test_how_a_split_was_made(tmp_path):
     assert split_settings(tmp_path) == {"seed": 3, "random": True}
     (tmp_path / "split.yaml").write_text("seed: 3\nmade: 2024-05-01\n")  # a date is nothing for a checkpoint
     assert split_settings(tmp_path) == {"seed": 3}
-    for broken in ("seed: [", "", "a word", "made: 2024-13-45"):
+    (tmp_path / "split.yaml").write_text("seed: 2024-05-01\nfractions: [0.7, 0.1, 0.2]\n")
+    assert split_settings(tmp_path) == {"fractions": [0.7, 0.1, 0.2]}
+    for broken in ("seed: [", "", "a word", "made: 2024-13-45", "[" * 2000):
         (tmp_path / "split.yaml").write_text(broken)
         with pytest.raises(UserError, match=r"split\.yaml cannot be read.*--overwrite"):
             split_settings(tmp_path)
@@ -298,6 +301,11 @@ def test_huge_pictures_are_refused_before_they_are_decoded(width, height):
         decode_image(png_header(width, height), max_pixels=100_000_000)
 
 
+def test_what_opencv_refuses_is_unreadable():
+    with pytest.raises(ValueError, match="unreadable"):
+        decode_image(encoded(Image.new("1", (2**21, 16)), "BMP"))  # wider than OpenCV takes
+
+
 def test_16_bits_are_scaled_and_not_clipped():
     ramp = np.repeat(np.linspace(0, 65535, 64).astype(np.uint16)[None], 32, axis=0)
     grey = flatten(Image.fromarray(ramp))
@@ -332,6 +340,10 @@ def test_what_is_cut_or_no_picture_is_refused():
     for data in (b"", b"I am no picture", jpeg[:20]):
         with pytest.raises(ValueError, match="unreadable"):
             decode_image(data)
+    phones = encoded(face(400, 400), "MPO", save_all=True, append_images=[face(400, 400)])
+    assert decode_image(phones).shape == (400, 400, 3)
+    with pytest.raises(ValueError, match="truncated"):
+        decode_image(phones[: len(phones) * 3 // 10])
     # as phones append the film of a live photograph
     assert np.array_equal(decode_image(jpeg + bytes(5000)), decode_image(jpeg))
 

@@ -74,12 +74,12 @@ def train_rows(args):
     for name in ("data", "workers", "device", "precision"):  # else the sections of --config count
         if getattr(args, name) != get_parser().get_default(name):
             training += [f"--{name}", getattr(args, name)]
-    for seed, weights in product(args.seeds, args.weights):
+    for seed, weights in product(dict.fromkeys(args.seeds), dict.fromkeys(args.weights)):
         start, lost = weights, None
         if weights in PRETRAINED:
             start = out / f"contrastive-{weights}-seed{seed}.pt"
             lost = call("pretrain", *training, "--positives", weights, "--seed", seed, "--out", start)
-        for task, strategy in product(args.tasks, args.lr_strategies):
+        for task, strategy in product(dict.fromkeys(args.tasks), dict.fromkeys(args.lr_strategies)):
             path = out / f"{task}-{weights}-{strategy}-seed{seed}.pt"
             flags = ["--multitask" if task == "multitask" else "--no-multitask", "--lr-strategy", strategy]
             flags += ["--init", start, "--seed", seed, "--out", path]
