@@ -315,6 +315,13 @@ def is_special(path: Path) -> bool:
     return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
+def is_stdout(path: str | Path) -> bool:
+    """Whether a path leads to where standard output goes."""
+    with suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    return False
+
+
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = False):
     """Yields a temporary path that takes `path`'s place on success and vanishes on failure.
@@ -371,6 +378,8 @@ def check_output(flag: str, path: str | Path):
     path = Path(path)
     if os.path.isdir(path):
         raise UserError(f"{flag} {path} is a folder: name a file in it")
+    if is_stdout(path) and not is_special(path):  # it would be replaced under what is printed
+        raise UserError(f"{flag} {path} is the file that standard output goes to: give its name")
     if not is_special(path):
         check_writable(flag, Path(os.path.realpath(path)).parent)
 

@@ -184,7 +184,7 @@ def detect(look, min_score, min_face, image):
     for quarters in range(4):  # until most faces stand upright: cameras forget to say how they were held
         turned = np.rot90(image, quarters)
         found = [look_closely(look, turned, face) for face in search(look, min_face, turned)]
-        found = [(face, turns) for face, turns in found if face[14] >= min_score]
+        found = [pair for pair in found if pair[0][14] >= min_score and max(pair[0][2:4]) >= min_face]
         upright = sum(turns == 0 for _, turns in found)
         back = quarter_turn(quarters, turned.shape[1], turned.shape[0])
         ways.append((upright, move(np.array([face for face, _ in found]).reshape(-1, 15), back)))

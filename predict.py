@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, count, groupby, islice, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -100,6 +100,8 @@ def load(
     """
     if aligned and detector:
         raise UserError("--aligned and --detector contradict each other: give one")
+    if aligned and (min_score, min_face) != (MIN_SCORE, MIN_FACE):
+        raise UserError("--aligned finds no faces: leave out --detector-score and --min-face")
     device = choose_device(device)
     model, content = load_model(checkpoint, device)
     detect = None if aligned else open_detector(detector, min_score, min_face)
@@ -232,15 +234,19 @@ def open_pictures(paths, every) -> Iterator[Picture]:
     """Yields a `Picture`, not yet read, for each path, and of a video one for every N-th frame."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong is said below
     for path in paths:
-        if path.suffix.lower() not in drawing.VIDEOS:  # a pipe can be read only once
-            yield Picture(path, path.read_bytes() if cli.is_special(path) else path)
+        if path.suffix.lower() not in drawing.VIDEOS:
+            try:  # a pipe can be read only once
+                picture = Picture(path, path.read_bytes() if cli.is_special(path) else path)
+            except OSError as error:  # a socket, or nobody's business
+                picture = Picture(path, path, reason=error.strerror)
+            yield picture
             continue
         try:
             drawing.check_video_name(path)
         except ValueError as error:
             yield Picture(path, path, reason=str(error))
             continue
-        video = cv2.VideoCapture(str(path))
+        video = cv2.VideoCapture(os.path.abspath(path))  # FFmpeg takes `12:30.mp4` for a protocol's address
         if video.get(cv2.CAP_PROP_FRAME_WIDTH) * video.get(cv2.CAP_PROP_FRAME_HEIGHT) > MAX_FRAME:
             yield Picture(path, path, reason=f"frames above {MAX_FRAME // 10**6} million pixels")
             continue
@@ -354,12 +360,15 @@ def others_go_on(failed):
 
 
 def write_masks(picture, folder, top, failed):
-    """Writes the mask of each face of a picture as a PNG."""
+    """Writes the mask of each face of a picture as a PNG; those of faces that an earlier run found go."""
     frame = "" if picture.frame is None else f"_{picture.frame:06}"
-    for i, face in enumerate(picture.faces):
+    places = (drawing.output_path(picture.path, folder, top, f"{frame}_{i}_mask.png") for i in count())
+    for face, place in zip(picture.faces, places):
         with others_go_on(failed):
-            place = drawing.output_path(picture.path, folder, top, f"{frame}_{i}_mask.png")
             drawing.write_picture(place, Image.fromarray(face.mask.astype(np.uint8) * 255))
+    with others_go_on(failed):
+        for place in takewhile(drawing.is_own, places):
+            place.unlink()
 
 
 def write_drawings(pictures, masks, overlay, top, failed) -> Iterator[Picture]:
@@ -375,11 +384,13 @@ def write_drawings(pictures, masks, overlay, top, failed) -> Iterator[Picture]:
 
 
 def draw_photograph(pictures, place, failed):
-    """Passes a picture, the only one, on and writes its overlay if it has faces."""
+    """Passes a picture, the only one, on and writes its overlay if it has faces; else an earlier one goes."""
     for picture in pictures:
-        if picture.faces:
-            with others_go_on(failed):  # read again, since a chunk of photographs would fill the memory
+        with others_go_on(failed):
+            if picture.faces:  # read again, since a chunk of photographs would fill the memory
                 drawing.write_picture(place, drawing.draw_faces(read_picture(picture), picture.faces))
+            elif drawing.is_own(place):
+                place.unlink()
         yield picture
 
 
@@ -426,6 +437,11 @@ def check_outputs(args, checkpoint, paths, top):
         place = os.path.realpath(path)
         if place in taken and not cli.is_special(Path(path)):
             raise UserError(f"{flag} {path} would replace {taken[place]}: name another place")
+        drawn = flag == "--overlay" and Path(path).suffix.lower() not in drawing.VIDEOS
+        if drawn and os.path.isfile(place) and not drawing.is_own(place):
+            raise UserError(
+                f"{flag} {path} would replace a picture that no run has drawn: name another place"
+            )
         taken[place] = f"what {flag} writes"
 
 
@@ -466,6 +482,8 @@ def main(args):
         top = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     except ValueError:
         raise UserError("the pictures lie on several drives: run predict.py once for each") from None
+    if any(path and cli.is_stdout(path) for path in (args.csv, args.json)):
+        sys.stdout = sys.stderr  # the table alone goes there
     checkpoint = cli.shipped(choose_checkpoint(args.checkpoint))
     check_outputs(args, checkpoint, paths, top)
     thresholds = args.detector_score, args.min_face

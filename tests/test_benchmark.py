@@ -120,6 +120,11 @@ def test_a_gpu_is_waited_for(monkeypatch, capsys):
     args = parse_args(benchmark.get_parser(), ["--repeats", "1"])
     benchmark.measure("part", {"a": lambda: None}, 60, args)
     assert "30.0 faces/s" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: clock.append(clock.pop() + 3))
+    benchmark.measure("part", {"a": lambda: None}, 60, args)
+    assert "20.0 faces/s" in capsys.readouterr().out
 
 
 def test_faces_are_drawn_where_none_are_given(cli):

@@ -283,6 +283,16 @@ def test_faces_hardly_noticed_are_found_where_they_are_asked_for(detector):
     assert faces.find_crops(picture, faces.open_detector(detector)) == []
 
 
+def test_a_face_is_as_large_as_the_second_look_sees_it(monkeypatch):
+    first, second = np.zeros((1, 15)), np.zeros((1, 15))
+    first[0, :4], second[0, :4], second[0, 14] = (50, 50, 100, 100), (85, 85, 30, 30), 0.9
+    second[0, 4:14] = (faces.LANDMARKS * 30 + 85).ravel()
+    monkeypatch.setattr(faces, "search", lambda *_: first)
+    monkeypatch.setattr(faces, "look_closely", lambda *_: (second[0], 0))
+    for least, count in ((50, 0), (30, 1)):
+        assert len(faces.detect(None, 0.5, least, np.zeros((200, 200, 3), np.uint8))) == count
+
+
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
     """A server with files by path, the paths that it was asked for, and an empty cache."""

@@ -154,6 +154,9 @@ def test_it_listens_here_alone_and_keeps_nothing(tmp_path, monkeypatch):
     [(blocks, options)] = launched
     assert (options["server_name"], options["server_port"], options["share"]) == ("127.0.0.1", 7860, False)
     assert max(blocks.delete_cache) <= 300  # seconds
+    for block in blocks.blocks.values():  # else the examples' pictures go with the uploads
+        if getattr(block, "icon", None):
+            assert block.icon["path"] in block.keep_in_cache
     _, *examples = [event.fn for event in blocks.fns.values() if event.fn]
     assert [press()[0] for press in examples] == [path.read_bytes() for path in page.EXAMPLES]
 

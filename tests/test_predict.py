@@ -9,6 +9,7 @@ import os
 import pickle
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ import drawing
 import faces
 import predict
 from common import FaceDataset, score_dataset
-from conftest import ROOT, noise_pairs, write_model
+from conftest import ROOT, noise_pairs, script_path, shell, write_model
 from test_faces import BOX, PLACES, POINTS, YUNET, photograph
 from utkface import AGE_GROUPS, GROUP_NAMES, decode_image
 
@@ -489,6 +490,44 @@ def test_small_faces_are_said_to_be(model, detector, tmp_path, cli, monkeypatch)
         assert cli(*flags)[0] == code
 
 
+def test_what_an_earlier_run_has_found_does_not_stay(model, detector, tmp_path, cli):
+    flags = ["--checkpoint", model, "--detector", detector, *CPU, "--masks", "m", "--overlay", "o"]
+    for places in (PLACES, PLACES[:1], []):
+        Image.fromarray(photograph(places)[0]).save(tmp_path / "a.png")
+        cli("predict", "a.png", *flags, cwd=tmp_path)
+        assert len(os.listdir(tmp_path / "m")) == len(places)
+        assert len(os.listdir(tmp_path / "o")) == bool(places)
+
+
+def test_a_table_on_standard_output_is_alone_there(model, tmp_path):
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "a.png")
+    flags = ["a.png", "--checkpoint", model, *ALIGNED, "--csv", "/dev/stdout"]
+    done = shell("predict", *flags, cwd=tmp_path)
+    assert done.stdout.startswith("file,frame,") and done.stdout.count("\n") == 2, done.stderr
+    with open(tmp_path / "all.csv", "w") as table:
+        print("before", file=table, flush=True)
+        command = [sys.executable, script_path("predict"), *map(str, flags)]
+        assert subprocess.run(command, stdout=table, cwd=tmp_path).returncode == 2
+    assert (tmp_path / "all.csv").read_text() == "before\n"
+
+
+def test_a_colon_in_the_name_of_a_video(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with drawing.open_video(tmp_path / "2024-01-01T12:30.mp4", 10, (64, 64)) as append:
+        for _ in range(3):
+            append(Image.new("RGB", (64, 64)))
+    found = predict.open_pictures([Path("2024-01-01T12:30.mp4")], 1)
+    assert [(picture.frame, picture.reason) for picture in found] == [(0, None), (1, None), (2, None)]
+
+
+def test_a_socket_among_the_pictures_is_skipped(model, tmp_path, cli):
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "a.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "s"))  # absolute paths may be too long for sockets
+        code, out, err = cli("predict", "a.png", "s", "--checkpoint", model, *ALIGNED, cwd=tmp_path)
+    assert code == 0 and "skipped s: " in err and "1 faces in 1 pictures, 1 skipped" in out
+
+
 def test_videos(model, detector, tmp_path, cli, monkeypatch):
     """Every N-th frame is looked at; the overlay is a video of those, as fast as the first."""
     still = cv2.cvtColor(photograph(PLACES)[0], cv2.COLOR_RGB2BGR)
@@ -819,6 +858,13 @@ def test_bad_input(model, tmp_path, cli, refuse, monkeypatch):
     refuse("predict", mask, *flags, "--masks", tmp_path / "link", words=["--masks", "replace the pictures"])
     for flag in ("--overlay", "--masks"):
         refuse("predict", picture, *flags, flag, picture / "x", words=[flag, "no folder that can be written"])
+    (tmp_path / "sub").mkdir()  # whose overlay would lie where another photograph does
+    Image.new("RGB", (32, 32)).save(tmp_path / "sub/b.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    words = ["would replace a picture that no run has drawn"]
+    refuse("predict", "sub", *flags, "--overlay", ".", words=words, cwd=tmp_path)
+    for flag in (["--min-face", 60], ["--detector-score", 0.9]):
+        refuse("predict", picture, "--checkpoint", model, *ALIGNED, *flag, words=["--aligned", flag[0]])
     (tmp_path / "here").mkdir()
     shutil.copy(picture, tmp_path / "here")
     for inputs, folder, cwd in (

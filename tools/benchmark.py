@@ -58,6 +58,8 @@ def measure(part, works, faces, args):
         functions[column]()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        elif torch.backends.mps.is_available():
+            torch.mps.synchronize()
         times[turn, column] = perf_counter() - start
     times = times[1:]  # the first turn warms up
     rates, ratios = np.median(faces / times, axis=0), np.median(times[:, :1] / times, axis=0)
@@ -196,9 +198,10 @@ def get_parser():
 
 def main(args):
     device = devices.choose_device(args.device)
+    name = f"{cli.usable_cores()} cores" if device.type == "cpu" else "Apple's GPU"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for `synchronize`
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cli.usable_cores()} cores"
+        name = torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}, {args.image_size} px, batches of {args.batch_size}\n")
     with tempfile.TemporaryDirectory() as scratch:
         raw, pairs = Path(scratch, "raw"), Path(scratch, "pairs")

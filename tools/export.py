@@ -45,7 +45,7 @@ def metadata(model, image_size):
         "input": f"RGB, float32, 0 to 255 (not 0 to 1), an aligned face of {image_size} x {image_size}",
         "landmarks": json.dumps(dict(zip(LANDMARK_NAMES, LANDMARKS.tolist()))),
         "landmarks_unit": "shares of the side from the upper left corner; right and left are the person's",
-        "licence": "non-commercial research only, as UTKFace's terms ask",
+        "licence": "if trained on UTKFace, as the released model is: non-commercial research only",
     }
     if model.by_year:
         about["age_unit"] = "years; the age lies from age_low to age_high with a probability of 80 %"

@@ -102,6 +102,8 @@ def serve(args, uploads):
         )
         with gradio.Row():
             buttons = [gradio.Button("Example", icon=path, size="sm") for path in EXAMPLES]
+            for button in buttons:  # else their pictures are deleted like uploads
+                button.keep_in_cache.add(button.icon["path"])
         shown = gradio.HTML(elem_id="answer")
         gradio.Markdown(ABOUT.format(groups=", ".join(groups).replace("–999", " and above")))
 
