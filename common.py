@@ -5,6 +5,7 @@ The rooms, in order, are marked by banner comments. How training runs is in trai
 
 import argparse
 import io
+import math
 import os
 import random
 from functools import cache
@@ -108,8 +109,15 @@ class FaceDataset(Dataset):
         # A random crop is enlarged to the output's side: a quarter more pixels than that keep it sharp.
         side = image_size * 5 // 4 if augmentation else image_size
         # Tensors, because where workers are not forked those are shared with them, and arrays copied.
-        self.images = torch.empty((len(self), side, side, 3), dtype=torch.uint8)
-        self.masks = torch.empty((len(self), side, side), dtype=torch.uint8) if with_masks else None
+        shape = len(self), side, side
+        try:
+            self.images = torch.empty((*shape, 3), dtype=torch.uint8)
+            self.masks = torch.empty(shape, dtype=torch.uint8) if with_masks else None
+        except RuntimeError:  # torch's word for too little memory
+            needed = f"{math.prod(shape) * (3 + with_masks) / 1e9:.1f} GB of memory at {image_size} px"
+            raise UserError(
+                f"{len(self)} faces need {needed}: take fewer, or a smaller --image-size"
+            ) from None
         self.hashes = torch.empty(len(self), dtype=torch.int64)
 
         def load(index):

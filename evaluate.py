@@ -130,7 +130,7 @@ def score_model(path, folder, device, dtype, workers=0, unseen=False, read=FaceD
     for key, what in {"seen_in_training": "was trained", "chose_the_epoch": "had its epoch selected"}.items():
         if summary[key]:
             found = f"{path} {what} on {summary[key]} of these {summary['n']} faces"
-            print(f"warning: {found}; --unseen leaves them out", file=sys.stderr)
+            print(f"warning: {found}; evaluate.py --unseen leaves them out", file=sys.stderr)
     dataset.faces = [face for face, keep in zip(dataset.faces, kept) if keep]
     dataset.images = dataset.images[kept]
     dataset.masks = dataset.masks[kept] if with_masks else None

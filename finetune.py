@@ -104,7 +104,7 @@ def main(args):
     state = training.open_run(args, "model")
     about = {"split": split_settings(args.data)}
     train, val = Path(args.data) / "train", Path(args.data) / "val"
-    folders = [train, val] if args.final else [train]
+    folders = training.learned_folders(args)
     faces = [face for folder in folders for face in list_pairs(folder, need_masks=args.multitask)]
     training.check_batch_size(args.batch_size, len(faces))
     if not args.final and all(face.group < 0 for face in list_pairs(val, need_masks=args.multitask)):

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -104,7 +104,11 @@ def list_folder(folder: Path, output: Path) -> tuple[list, list]:
 def list_zip(archive: zipfile.ZipFile) -> list:
     files = []
     for member in archive.infolist():
-        name = member.filename.replace("\\", "/")  # as some Windows programs write it
+        name = member.filename
+        if not member.flag_bits & 0x800:  # macOS writes UTF-8 and does not say so
+            with suppress(UnicodeError):
+                name = name.encode("cp437").decode("utf-8")
+        name = name.replace("\\", "/")  # as some Windows programs write it
         if not name.endswith("/"):
             files.append((name, member.file_size, partial(read_alone, read_member, archive, member)))
     return files
@@ -112,9 +116,12 @@ def list_zip(archive: zipfile.ZipFile) -> list:
 
 def list_tar(archive: tarfile.TarFile, source: Path) -> tuple[list, list]:
     members = archive.getmembers()
+    archive.fileobj.seek(archive.offset)  # tarfile takes a broken header for the end, too
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("unexpected end of data")
     by_name = {posixpath.normpath(member.name): member for member in members}
     targets, others = [], []
-    for member in members:
+    for member in by_name.values():  # the last of its name, as after `tar -u`
         target = member
         for _ in range(40):  # links to links; more are a loop
             if target and (target.issym() or target.islnk()):
@@ -141,7 +148,7 @@ def parse_age(text: str) -> tuple[float, float]:
     match = AGE.fullmatch(word) or OPEN_RANGE.fullmatch(word) or RANGE.fullmatch(word)
     if not match:
         raise ValueError(f"age is neither a number nor a range of years: {text.strip()!r}")
-    years = [float(number.replace(",", ".")) for number in match.groups() if number]
+    years = [float(number.replace(",", ".")) + 0.0 for number in match.groups() if number]  # pandas: -0.0
     first, last = years[0], max(years[0], OLDEST) if match.re is OPEN_RANGE else years[-1]
     if not 0 <= first <= last <= 130:
         raise ValueError(f"age outside 0 to 130: {word}")

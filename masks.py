@@ -346,7 +346,8 @@ def main(args):
             remove_other_labels(output, [name for name, *_ in files], jobs, args.overwrite)
         missing = [job for job in jobs if args.overwrite or not is_written(output, job[1])]
         results = write_pairs(missing, write, args.workers)
-    failed = {name for name, _, reason in results if reason}
+    # What cannot be read today may be tomorrow: its pair stays.
+    failed = {name for name, _, reason in results if reason and not reason.startswith("cannot be read")}
     for name, stem, _ in missing:
         if name in failed:
             remove_pair(output, stem)  # that an earlier run has made of it
@@ -363,7 +364,7 @@ def main(args):
         cli.write_csv(output / "skipped.csv", rows, ["file", "reason"])
     if not written + there:
         remedy = f"see {output / 'skipped.csv'}"
-        if MALFORMED in skips:
+        if MALFORMED in skips or not skipped:
             remedy = "name UTKFace's folder or archive, or give --labels"
         raise cli.UserError(
             f"--input {args.input}: none of its {total:,} files can be used: {skips}; {remedy}"

@@ -10,7 +10,6 @@ for --resume.
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -73,8 +72,7 @@ def get_parser():
 def main(args):
     training.join_processes(args)
     state = training.open_run(args, "contrastive")
-    parts = ["train", "val"] if args.final else ["train"]
-    folders = [Path(args.data) / part for part in parts]
+    folders = training.learned_folders(args)
     faces = sum(len(list_pairs(folder, need_masks=False)) for folder in folders)
     training.check_batch_size(args.batch_size, faces)
 

@@ -250,9 +250,10 @@ def write_split(source, target, rows, conflicts, settings, overwrite):
             if not overwrite and any(target.iterdir()):
                 raise cli.UserError(f"--output {target} holds another split: --overwrite replaces it")
             own = {path.name for path in new.iterdir()}
-            foreign = [path for path in target.glob("[!.]*") if path.name not in own]
-            inside = [path for split in SPLITS for path in target.glob(f"{split}/[!.]*")]
+            foreign = [path for path in target.iterdir() if path.name not in own]
+            inside = [path for split in SPLITS for path in target.glob(f"{split}/*")]
             foreign += [path for path in inside if not path.name.endswith(("_image.png", "_mask.png"))]
+            foreign = [path for path in foreign if not path.name.startswith((".DS_Store", "._"))]  # macOS
             if foreign:
                 raise cli.UserError(f"--output: {min(foreign)} lies there beside a split: move it away")
             target.rename(building / "old")
@@ -287,6 +288,8 @@ def main(args):
     source, target = Path(args.input), Path(os.path.realpath(args.output))  # what a link leads to is replaced
     cli.check_writable("--output", target.parent)
     faces = list_pairs(source)
+    if target in Path(os.path.realpath(source)).parents:
+        raise cli.UserError(f"--input {source} lies in --output {target}, which is replaced: name another")
     others = target.is_dir() and any(target.iterdir()) and not (target / "split.csv").is_file()
     if target.is_file() or others:
         raise cli.UserError(f"--output {args.output} is there and is not a split: name another folder")

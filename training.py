@@ -68,8 +68,9 @@ def join_processes(args: argparse.Namespace):
     if processes == 1:
         return
     master = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
-    if own is None or own >= processes or not master:  # torch would wait for minutes
-        needed = f"RANK below {processes}, MASTER_ADDR and MASTER_PORT"
+    no_gpu = device.type == "cuda" and device.index is None
+    if own is None or own >= processes or not master or no_gpu:  # torch would wait for minutes
+        needed = f"RANK below {processes}, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         raise UserError(f"WORLD_SIZE is {processes}, which needs {needed}, too: start by torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -126,6 +127,12 @@ class EpochBatches(Sampler):
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             share = order[start + rank() : start + self.batch_size : world_size()]
             yield [(self.epoch, index) for index in share]
+
+
+def learned_folders(args: argparse.Namespace) -> list[Path]:
+    """train and, with --final, val, if it holds faces."""
+    train, val = Path(args.data) / "train", Path(args.data) / "val"
+    return [train, val] if args.final and any(val.glob("*_image.png")) else [train]
 
 
 def check_batch_size(batch_size: int, faces: int):
@@ -225,6 +232,8 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     """
     out, last, init = Path(args.out), cli.beside(args.out, ".last.pt"), cli.shipped(args.init)
     cli.check_output("--out", out)
+    if init.is_file() and os.path.realpath(init) == os.path.realpath(out):
+        raise UserError(f"--out {out} would replace --init: name another file")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one")
     # A file behind --init counts by what is in it, so its hash is a setting.
@@ -236,8 +245,9 @@ def open_run(args: argparse.Namespace, kind: str) -> dict | None:
     if args.overwrite:
         return None
     if not last.exists():
-        if out.exists():
-            raise UserError(f"{out} is there already, without {last.name}: --overwrite replaces it")
+        there = [path for path in (out, cli.beside(out, ".csv"), cli.beside(out, ".png")) if path.exists()]
+        if there:  # perhaps a table or a picture of somebody else's
+            raise UserError(f"{there[0]} is there already, without {last.name}: --overwrite replaces it")
         if args.resume:
             print(f"no {last}: starting from the beginning")
         return None
@@ -332,7 +342,8 @@ def begin_training(
     last = cli.beside(args.out, ".last.pt")
     if state is None:
         if args.overwrite and not rank():
-            last.unlink(missing_ok=True)  # lest --resume bring back what was overwritten
+            for suffix in (".last.pt", ".csv", ".png"):  # lest --resume bring back what was overwritten
+                cli.beside(args.out, suffix).unlink(missing_ok=True)
         return run
     try:
         for name, part in stateful_parts(run).items():

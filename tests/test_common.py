@@ -562,6 +562,17 @@ def test_broken_pairs(tmp_path, break_it, word):
         FaceDataset(tmp_path, 32)
 
 
+def test_faces_that_do_not_fit_into_memory_are_told_in_one_line(tmp_path, monkeypatch):
+    noise_pairs(tmp_path, [30])
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(common.torch, "empty", full)
+    with pytest.raises(UserError, match=r"1 faces need 0\.0 GB of memory at 32 px.*--image-size"):
+        FaceDataset(tmp_path, 32)
+
+
 def test_missing_and_empty_folders(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=str(folder)):

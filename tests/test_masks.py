@@ -151,6 +151,54 @@ def test_what_is_skipped_is_listed_and_counts_add_up(raw, tmp_path, cli):
     assert reasons["again/1_0_0_20170000000000001.jpg.chip.jpg"] == f"same name as {used}"
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data, at: data[: at + 100],
+        lambda data, at: data[:at],
+        lambda data, at: data[:at] + b"x" + data[at + 1 :],
+    ],
+    ids=["within a header", "before one", "a broken one"],
+)
+def test_a_tar_that_ends_at_a_header_is_refused(raw, tmp_path, refuse, damage):
+    with tarfile.open(tmp_path / "a.tar", "w") as packed:
+        packed.add(raw, "UTKFace")
+        at = packed.getmembers()[-1].offset
+    (tmp_path / "a.tar").write_bytes(damage((tmp_path / "a.tar").read_bytes(), at))
+    words = ["a.tar", "whole .tar.gz"]
+    refuse("masks", "--input", tmp_path / "a.tar", "--output", tmp_path / "o", words=words)
+
+
+def test_a_picture_appended_to_a_tar_replaces_the_first(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as packed:
+        add(packed, "1_0_0_1.jpg", b"old")
+        add(packed, "1_0_0_1.jpg", b"new")
+    with open_files(tmp_path / "a.tar", tmp_path / "o") as (files, _):
+        assert [read() for _, _, read in files] == [b"new"]
+
+
+def test_names_in_a_zip_of_macos(raw, tmp_path, cli):
+    path = zipped(tmp_path / "a.zip", {"Ju\u0308rgen.jpg": next(raw.iterdir()).read_bytes()})
+    data = bytearray(path.read_bytes())
+    data[7] &= ~8  # the bit that says UTF-8, in the member's header and in the directory
+    data[data.rindex(b"PK\1\2") + 9] &= ~8
+    path.write_bytes(data)
+    (tmp_path / "t.csv").write_text("file,age\nJürgen.jpg,30\n", encoding="utf-8")
+    flags = ["--input", path, "--labels", tmp_path / "t.csv", "--output", tmp_path / "o"]
+    code, _, err = cli("masks", *flags)
+    assert code == 0, err
+
+
+def test_what_cannot_be_read_now_keeps_its_pair(raw, tmp_path, cli, monkeypatch):
+    flags = ["masks", "--input", raw, "--output", tmp_path, "--overwrite"]
+    assert cli(*flags)[0] == 0
+    before = pairs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(raw), "read_bytes", Mock(side_effect=OSError(5, "Input/output error")))
+        cli(*flags)
+    assert pairs(tmp_path) == before
+
+
 def test_what_is_skipped_is_sorted(raw, tmp_path, cli):
     shutil.copytree(raw, tmp_path / "in")
     names = [f"{i:02}.txt" for i in range(20)]
@@ -434,7 +482,7 @@ def test_a_parsing_network_on_a_picture_that_is_not_square(tmp_path):
     assert mask.shape == (128, 96) and ((mask > 0) == expected).mean() > 0.9
 
 
-def test_bad_input(raw, tmp_path, refuse):
+def test_bad_input(raw, tmp_path, cli, refuse):
     out = ["--output", tmp_path / "out"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar.gz").write_text("no archive")
@@ -444,7 +492,8 @@ def test_bad_input(raw, tmp_path, refuse):
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
     refuse("masks", *out, "--input", tmp_path / "nowhere", words=["--input", "nowhere"])
     refuse("masks", "--input", raw, "--output", raw / "../" / raw.name, words=["is --input as well"])
-    refuse("masks", *out, "--input", tmp_path / "empty", words=["empty"])
+    refuse("masks", *out, "--input", tmp_path / "empty", words=["empty", "0 files"])
+    assert "skipped.csv" not in cli("masks", *out, "--input", tmp_path / "empty")[2]
     refuse("masks", *out, "--input", tmp_path / "text.tar.gz", words=["text.tar.gz"])
     refuse("masks", *out, "--input", raw, "--parser", "nowhere.onnx", words=["--parser", "nowhere.onnx"])
     (tmp_path / "bad.onnx").write_bytes(b"no network")
@@ -540,3 +589,6 @@ def test_drawn_faces_from_any_folder(tmp_path, cli, refuse):
     for flags in (["--count", 3, "--seed", 3], ["--count", 7, "--seed", 4]):  # nobody's pictures are deleted
         refuse("synthesize", *flags, "--overwrite", words=["dataset/raw holds other files"], cwd=tmp_path)
     assert all(path.exists() for path in before)
+    shutil.rmtree(images)
+    words = ["dataset/raw_masks holds other files"]
+    refuse("synthesize", "--count", 7, "--seed", 4, words=words, cwd=tmp_path)

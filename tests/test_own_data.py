@@ -13,9 +13,9 @@ import pytest
 
 from conftest import ROOT, commands
 from faces import LANDMARKS
-from inputs import match_labels, parse_age, parse_label, read_labels
+from inputs import make_stem, match_labels, parse_age, parse_label, read_labels
 from masks import looks_like_a_crop, single_face
-from utkface import GENDERS, RACES, age_to_group, list_pairs, parse_name
+from utkface import GENDERS, RACES, age_to_group, list_pairs, parse_name, parse_stem
 
 PLACES = {  # height of a drawn photograph → where in it faces lie: x, y, side
     400: [(90, 60, 200)],
@@ -254,6 +254,12 @@ def test_ages(text, years):
     else:
         with pytest.raises(ValueError, match=years):
             parse_age(text)
+
+
+def test_minus_nought_is_nought():
+    """As pandas writes it."""
+    for text in ("-0.0", "-0", "-0.0-3"):
+        assert parse_stem(make_stem(*parse_age(text), -1, -1, "a.jpg")).group == 0
 
 
 def test_labels_in_words_and_numbers():

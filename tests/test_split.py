@@ -425,10 +425,16 @@ def test_a_link_is_followed_and_other_folders_are_never_replaced(processed, tmp_
     assert "already" in cli("split", *flags, tmp_path / "s")[1]
     again = ["split", *flags, tmp_path / "s", "--seed", 1, "--overwrite"]
     refuse(*again, words=["model.pt lies there beside a split", "move"])
+    assert (tmp_path / "big/model.pt").read_text() == "days of work"
     (tmp_path / "big/model.pt").rename(tmp_path / "big/train/model.pt")
     refuse(*again, words=["train/model.pt lies there beside a split", "move"])
-    (tmp_path / "big/train/model.pt").rename(tmp_path / "big/model.pt")
-    assert (tmp_path / "big/model.pt").read_text() == "days of work"
+    (tmp_path / "big/train/model.pt").unlink()
+    (tmp_path / "big/.git").mkdir()
+    (tmp_path / "big/.git/HEAD").write_text("history")
+    refuse(*again, words=[".git lies there beside a split"])
+    assert (tmp_path / "big/.git/HEAD").read_text() == "history"
+    part = ["--input", tmp_path / "big/train", "--output", tmp_path / "s", "--overwrite"]  # a link to big
+    refuse("split", *part, words=["lies in --output"])
 
 
 @pytest.mark.parametrize("what", ["other disk", "links"])

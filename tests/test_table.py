@@ -305,7 +305,33 @@ def calls(monkeypatch):
         return None
 
     monkeypatch.setattr(table, "call", call)
+    monkeypatch.setattr(table, "list_pairs", lambda *_, **__: None)  # no face is scored
     return made
+
+
+def test_faces_to_score_are_looked_for_before_any_training(tmp_path, refuse, monkeypatch):
+    trained = []
+    monkeypatch.setattr(table, "call", lambda *flags: trained.append(flags))
+    refuse("table", "--data", "d", "--seeds", 0, *FLAGS, words=["is not a folder"], cwd=tmp_path)
+    assert not trained
+
+
+def test_a_script_that_is_killed_is_not_blamed_on_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    code = "import os, sys\nprint('warning: x', file=sys.stderr, flush=True)\nos.kill(os.getpid(), 9)"
+    (tmp_path / "k.py").write_text(code)
+    assert "signal 9" in table.call("k")
+
+
+def test_a_link_is_no_second_model_and_faces_seen_are_told(tmp_path, cli, no_figures):
+    noise_pairs(tmp_path / "d/test", [30, 50])
+    hashes = FaceDataset(tmp_path / "d/test", 32, with_masks=False).hashes
+    (tmp_path / "runs").mkdir()
+    untrained(tmp_path / "runs/a.pt", train_hashes=hashes[:1])
+    (tmp_path / "best.pt").symlink_to("runs/a.pt")
+    code, out, err = cli("table", "best.pt", "runs/a.pt", "--data", "d", *FLAGS, cwd=tmp_path)
+    assert code == 0 and out.count("| uniform |") == 1 and "two of them alike" not in err
+    assert "evaluate.py --unseen leaves them out" in err and "Flattered: a.pt knows 1 of these faces\n" in out
 
 
 def test_trains_a_row_for_each_choice_and_reports_what_fails(tmp_path, cli, calls, monkeypatch):

@@ -405,6 +405,31 @@ def test_a_finished_run_changes_nothing(drawn, tmp_path, cli, refuse, epochs):
     assert out.read_bytes() == before
 
 
+def test_tables_and_pictures_of_others_beside_out_are_kept(drawn, tmp_path, refuse, epochs):
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1]
+    for name in ("faces.csv", "adults.png"):
+        (tmp_path / name).write_text("file,age\n")
+        refuse("finetune", *flags, "--out", (tmp_path / name).with_suffix(".pt"), words=[name, "--overwrite"])
+        assert (tmp_path / name).read_text() == "file,age\n"
+
+
+def test_out_does_not_replace_init(drawn, tmp_path, cli, refuse, epochs):
+    flags = ["--data", drawn / "dataset/processed_split", *FAST, "--epochs", 1, "--out", tmp_path / "m.pt"]
+    assert cli("finetune", *flags, "--init", "random")[0] == 0
+    before = (tmp_path / "m.pt").read_bytes()
+    refuse("finetune", *flags, "--init", tmp_path / "m.pt", "--overwrite", words=["--out", "--init"])
+    assert (tmp_path / "m.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_final_needs_no_val(tmp_path, cli, epochs, script):
+    noise_pairs(tmp_path / "d/train", [2, 10, 20, 30, 50, 70] * 4)
+    (tmp_path / "d/val").mkdir()  # as split.py --fractions 0.8 0 0.2 leaves it
+    flags = ["--data", tmp_path / "d", *FAST, "--init", "random", "--epochs", 1, "--out", tmp_path / "o.pt"]
+    code, _, err = cli(script, *flags, "--final")
+    assert code == 0, err
+
+
 def test_a_run_killed_after_its_last_epoch_writes_what_is_missing(drawn, tmp_path, cli, epochs):
     flags = ["--data", drawn / "dataset/processed_split", *FAST, "--init", "random", "--epochs", 1]
     flags += ["--out", tmp_path / "m.pt"]
@@ -513,6 +538,15 @@ def test_processes_on_cuda_join_by_nccl_each_on_its_gpu(monkeypatch):
     training.join_processes(Namespace(device="cuda", precision="fp32"))
     taken.assert_called_once_with(torch.device("cuda", 1))
     joined.assert_called_once_with("nccl")
+
+
+def test_a_process_on_cuda_needs_its_local_rank(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch, "empty", Mock())
+    with pytest.raises(UserError, match="LOCAL_RANK"):
+        training.join_processes(Namespace(device="cuda", precision="fp32"))
 
 
 def test_usable_device_names(tmp_path, drawn, refuse):

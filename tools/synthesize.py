@@ -261,8 +261,8 @@ def main(args):
         check_writable("--output", folder)
         remove_leftovers(folder)
     there = {path for folder in (images, masks) for path in folder.glob("[!.]*")}
-    if there.difference(*files):
-        raise UserError(f"--output {images} holds other files: empty it, or name another folder")
+    if others := there.difference(*files):
+        raise UserError(f"--output: {min(others).parent} holds other files: empty it, or name another folder")
     todo = [i for i in range(args.count) if args.overwrite or not there.issuperset(files[i])]
     with ThreadPool(max(args.workers, 1)) as pool:
         list(progress(pool.imap_unordered(write_face, todo), "faces", len(todo), unit="face"))

@@ -63,6 +63,8 @@ def call(script, *flags):
         raise KeyboardInterrupt
     if done.returncode == 0:
         return None
+    if done.returncode < 0:  # it could not say why
+        return f"{script}.py was killed by signal {-done.returncode}, as by 9 where memory is short"
     return done.stderr.strip().split("\n")[-1] or f"{script}.py ended with exit code {done.returncode}"
 
 
@@ -260,15 +262,16 @@ def main(args):
     device, results, folder = choose_device(args.device), Path(args.results), Path(args.data) / args.split
     cli.check_writable("--results", results)
     failed = []
+    # What ails the faces is said once, and before any training.
+    list_pairs(folder, need_masks=not args.model and "multitask" in args.tasks)
     if args.model:
-        list_pairs(folder, need_masks=False)  # what ails the faces is said once, not for each model
-        models = list({os.path.abspath(path): Path(path) for path in args.model}.values())
+        models = list({os.path.realpath(path): Path(path) for path in args.model}.values())
     else:
         cli.check_writable("--out", args.out)
         models, failed = train_rows(args)
     top = os.path.commonpath([os.path.abspath(path.parent) for path in models])
     read = cache(FaceDataset)  # once for all models
-    many, skipped = [], []
+    many, skipped, known = [], [], []
     for path in cli.progress(models, "models", unit="model"):
         try:
             unfinished = path.name.endswith(".last.pt")
@@ -283,9 +286,12 @@ def main(args):
         measure(scored, args.seed)
         write_results(scored, results / os.path.relpath(path, top).removesuffix(".pt"))
         many.append(scored)
+        seen = sum(scored.summary.get(key, 0) for key in ("seen_in_training", "chose_the_epoch"))
+        if seen:
+            known.append(f"Flattered: {path.name} knows {seen} of these faces")
     if not many:
         raise UserError(f"none of the {len(models)} files is a model that can be scored")
-    text = make_table(many, folder) + "".join(f"\n{line}\n" for line in failed)
+    text = make_table(many, folder) + "".join(f"\n{line}\n" for line in known + failed)
     with cli.atomic_path(results / "table.md", sync=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print("\n" + text)
