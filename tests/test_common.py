@@ -167,8 +167,9 @@ def test_rank_loss_of_faces_far_apart(spread, temperature):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_stay_on_the_device_of_the_embeddings(name):
-    with FakeTensorMode(), torch.device("cuda"):  # devices are checked, nothing is computed
-        assert LOSSES[name][0](torch.randn(4, 8), torch.zeros(4), 0.1).device.type == "cuda"
+    with FakeTensorMode():  # devices are checked, nothing is computed
+        z, ages = torch.randn(4, 8, device="cuda"), torch.zeros(4, device="cuda")
+        assert LOSSES[name][0](z, ages, 0.1).device.type == "cuda"
 
 
 def test_rank_loss_knows_the_order():

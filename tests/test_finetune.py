@@ -258,12 +258,13 @@ def test_faces_of_unknown_gender_and_race_are_learned_by_age():
 
 
 def test_losses_stay_on_the_device_of_the_batch(small_model):
-    with FakeTensorMode(), torch.device("cuda"):  # devices are checked, nothing is computed
-        settings = {"multitask": True, "age_sigma": 2, "attribute_weight": 0.3}
-        model = make_model(settings, training=True)
-        batch = {name: torch.zeros(4, dtype=torch.int64) for name in ("group", "gender", "race")}
-        batch |= {"image": torch.zeros(4, 3, 32, 32), "mask": torch.zeros(4, 1, 32, 32)}
-        batch |= {"age": torch.zeros(4), "spread": torch.zeros(4)}
+    with FakeTensorMode():  # devices are checked, nothing is computed
+        with torch.device("cuda"):
+            settings = {"multitask": True, "age_sigma": 2, "attribute_weight": 0.3}
+            model = make_model(settings, training=True)
+            batch = {name: torch.zeros(4, dtype=torch.int64) for name in ("group", "gender", "race")}
+            batch |= {"image": torch.zeros(4, 3, 32, 32), "mask": torch.zeros(4, 1, 32, 32)}
+            batch |= {"age": torch.zeros(4), "spread": torch.zeros(4)}
         args = Namespace(mask_weight=0.5, attribute_weight=0.3, age_sigma=2.0)
         assert finetune.multitask_losses(model, batch, args).device.type == "cuda"
 

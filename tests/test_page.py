@@ -163,6 +163,7 @@ def test_it_listens_here_alone_and_keeps_nothing(tmp_path, monkeypatch):
 
 def test_flags(files, refuse, monkeypatch):
     refuse("page", "--aligned", "--detector", "y.onnx", words=["--aligned", "--detector"])
+    monkeypatch.setattr("gradio.Blocks.launch", lambda *_, **__: None)
     aligned = ["--checkpoint", files[0], "--aligned"]
     refuse("page", *aligned, "--device", "toaster", words=["--device toaster"])
     refuse("page", *aligned, "--device", "cpu", "--precision", "fp16", words=["--precision fp16"])
