@@ -40,7 +40,7 @@ READABLE = 24  # pixels of a face's longer side, below which its age cannot be r
 MAX_PIXELS = 100_000_000  # of a photograph, which takes 0.7 GB, or 1.4 if transparent
 MAX_FRAME = 50_000_000  # pixels of a video's frame, of which more are held
 MAX_BYTES = 2**30  # of a picture's file
-CHUNK = 8  # pictures read while those before are scored
+CHUNK, FRAMES = 32, 8  # pictures read while those before are scored; of videos, which stay in memory, fewer
 BATCH = 32  # faces scored at a time, as `faces_at_once` takes it
 SUFFIXES = {  # what the decoder reads, where Pillow and OpenCV were built with it
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
@@ -296,18 +296,18 @@ def read_faces(loaded, picture) -> Picture:
     return picture
 
 
-def score_pictures(pictures, loaded, workers) -> Iterator[Picture]:
-    """Yields the pictures of an iterator with their `faces`; threads read the next meanwhile."""
+def score_pictures(pictures, loaded, workers, chunk) -> Iterator[Picture]:
+    """Yields the pictures of an iterator with their `faces`; threads read the next `chunk` meanwhile."""
     with ThreadPool(max(workers, 1)) as pool:
 
         def read_next():
-            return pool.map_async(partial(read_faces, loaded), list(islice(pictures, CHUNK)), chunksize=1)
+            return pool.map_async(partial(read_faces, loaded), list(islice(pictures, chunk)), chunksize=1)
 
         coming = read_next()
-        while chunk := coming.get():
+        while read := coming.get():
             coming = read_next()
-            faces = iter(score(loaded, [crop for picture in chunk for crop in picture.crops]))
-            for picture in chunk:
+            faces = iter(score(loaded, [crop for picture in read for crop in picture.crops]))
+            for picture in read:
                 picture.faces = list(islice(faces, len(picture.crops)))
                 yield picture
 
@@ -493,9 +493,10 @@ def main(args):
         raise UserError(f"--masks: {checkpoint.name} has learned none; train with finetune.py --multitask")
 
     rows, lines, failed = [], [], []
-    scored = score_pictures(chain(unreadable, open_pictures(paths, args.every)), loaded, args.workers)
-    drawn = write_drawings(scored, args.masks, args.overlay, top, failed)
     videos = any(path.suffix.lower() in drawing.VIDEOS for path in paths)
+    opened = chain(unreadable, open_pictures(paths, args.every))
+    scored = score_pictures(opened, loaded, args.workers, FRAMES if videos else CHUNK)
+    drawn = write_drawings(scored, args.masks, args.overlay, top, failed)
     total = None if videos else len(unreadable) + len(paths)
     for picture in cli.progress(drawn, "faces", total, unit=" pictures"):
         rows += table_rows(picture, model)

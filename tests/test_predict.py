@@ -409,6 +409,16 @@ def test_photographs_do_not_pile_up(model, tmp_path, cli, monkeypatch):
     assert len(os.listdir(tmp_path / "o")) == 24 and 1 <= most[0] <= 2 * 2 + 1
 
 
+def test_few_frames_of_videos_are_kept(model, tmp_path, refuse, monkeypatch):
+    asked = Mock(side_effect=predict.UserError("stop"))
+    monkeypatch.setattr(predict, "score_pictures", asked)
+    for names, count in ((["a.png"], predict.CHUNK), (["a.png", "b.avi"], predict.FRAMES)):
+        for name in names:
+            (tmp_path / name).touch()
+        refuse("predict", *names, "--checkpoint", model, *ALIGNED, words=["stop"], cwd=tmp_path)
+        assert asked.call_args.args[-1] == count
+
+
 # Whole photographs
 
 
