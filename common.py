@@ -115,9 +115,7 @@ class FaceDataset(Dataset):
             self.masks = torch.empty(shape, dtype=torch.uint8) if with_masks else None
         except RuntimeError:  # torch's word for too little memory
             needed = f"{math.prod(shape) * (3 + with_masks) / 1e9:.1f} GB of memory at {image_size} px"
-            raise UserError(
-                f"{len(self)} faces need {needed}: take fewer, or a smaller --image-size"
-            ) from None
+            raise UserError(f"{len(self)} faces need {needed}: take fewer, or train at fewer px") from None
         self.hashes = torch.empty(len(self), dtype=torch.int64)
 
         def load(index):

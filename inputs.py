@@ -119,9 +119,14 @@ def list_tar(archive: tarfile.TarFile, source: Path) -> tuple[list, list]:
     archive.fileobj.seek(archive.offset)  # tarfile takes a broken header for the end, too
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("unexpected end of data")
-    by_name = {posixpath.normpath(member.name): member for member in members}
+    by_name = {}
+    for member in members:  # the last of its name, as after `tar -u`
+        name = posixpath.normpath(member.name)
+        # GNU tar stores a file that it meets twice, as after `find`, as a link to itself.
+        if name not in by_name or not member.islnk() or posixpath.normpath(member.linkname) != name:
+            by_name[name] = member
     targets, others = [], []
-    for member in by_name.values():  # the last of its name, as after `tar -u`
+    for member in by_name.values():
         target = member
         for _ in range(40):  # links to links; more are a loop
             if target and (target.issym() or target.islnk()):

@@ -346,11 +346,16 @@ def main(args):
             remove_other_labels(output, [name for name, *_ in files], jobs, args.overwrite)
         missing = [job for job in jobs if args.overwrite or not is_written(output, job[1])]
         results = write_pairs(missing, write, args.workers)
-    # What cannot be read today may be tomorrow: its pair stays.
-    failed = {name for name, _, reason in results if reason and not reason.startswith("cannot be read")}
+    failed, kept = {name: reason for name, _, reason in results if reason}, 0
     for name, stem, _ in missing:
-        if name in failed:
+        if failed.get(name, "").startswith("cannot be read"):  # today, and tomorrow it may be
+            kept += is_written(output, stem)
+        elif name in failed:
             remove_pair(output, stem)  # that an earlier run has made of it
+    if kept:
+        print(
+            f"warning: {kept:,} pictures cannot be read now; their pairs stay as they were", file=sys.stderr
+        )
     skipped = sorted([*skipped, *((name, reason) for name, _, reason in results if reason)])
     written = sum(not reason for _, _, reason in results)
     there = len(jobs) - len(missing)

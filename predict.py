@@ -428,9 +428,10 @@ def check_outputs(args, checkpoint, paths, top):
     if args.overlay:
         outputs += [("--overlay", drawing.overlay_path(path, args.overlay, top)) for path in paths]
     if args.masks:  # how many faces there are is not known yet
-        inside = os.path.join(os.path.realpath(args.masks), "")
-        named = [path for path in paths if re.search(r"_\d+_mask\.png$", path.name)]
-        outputs += [("--masks", path) for path in named if os.path.realpath(path).startswith(inside)]
+        owners = {os.path.realpath(drawing.output_path(path, args.masks, top, "")) for path in paths}
+        for path in paths:
+            owner, found = re.subn(r"(_\d{6,})?_\d+_mask\.png$", "", os.path.realpath(path))
+            outputs += [("--masks", path)] if found and owner in owners else []
     taken = {os.path.realpath(path): "the pictures" for path in paths}
     taken |= {os.path.realpath(path): path for path in (checkpoint, args.detector) if path}
     for flag, path in outputs:

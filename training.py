@@ -343,7 +343,7 @@ def begin_training(
     if state is None:
         if args.overwrite and not rank():
             for suffix in (".last.pt", ".csv", ".png"):  # lest --resume bring back what was overwritten
-                cli.beside(args.out, suffix).unlink(missing_ok=True)
+                Path(os.path.realpath(cli.beside(args.out, suffix))).unlink(missing_ok=True)
         return run
     try:
         for name, part in stateful_parts(run).items():

@@ -173,6 +173,9 @@ def test_a_picture_appended_to_a_tar_replaces_the_first(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as packed:
         add(packed, "1_0_0_1.jpg", b"old")
         add(packed, "1_0_0_1.jpg", b"new")
+        add(
+            packed, "1_0_0_1.jpg", b"", tarfile.LNKTYPE, "1_0_0_1.jpg"
+        )  # as GNU tar stores what it meets again
     with open_files(tmp_path / "a.tar", tmp_path / "o") as (files, _):
         assert [read() for _, _, read in files] == [b"new"]
 
@@ -195,7 +198,7 @@ def test_what_cannot_be_read_now_keeps_its_pair(raw, tmp_path, cli, monkeypatch)
     before = pairs(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(type(raw), "read_bytes", Mock(side_effect=OSError(5, "Input/output error")))
-        cli(*flags)
+        assert f"{len(before) // 2} pictures cannot be read now" in cli(*flags)[2]
     assert pairs(tmp_path) == before
 
 

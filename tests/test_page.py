@@ -146,6 +146,7 @@ def test_it_listens_here_alone_and_keeps_nothing(tmp_path, monkeypatch):
 
     launched = []
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: launched.append((self, options)))
     monkeypatch.setattr(gradio.Blocks, "close", lambda _: None)
     monkeypatch.setattr(predict, "load", lambda *_: None)

@@ -195,6 +195,8 @@ def test_fine_tunings_of_models_are_one_configuration():
         of_it = {"multitask": True, "init": f"contrastive{seed}.pt", "init_sha256": str(seed)}
         scored_model.checkpoint["pretraining"] = of_it
     assert "| fine-tuned |" in make_table(many, "d") and "Differences" not in make_table(many, "d")
+    many[0].checkpoint["pretraining"] |= {"init": "other0.pt"}
+    assert "pretraining init contrastive#.pt − pretraining init other#.pt" in make_table(many, "d")
     many[0].checkpoint["pretraining"] |= {"init": "imagenet", "init_sha256": None}
     assert "pretraining init imagenet" in make_table(many, "d")
 

@@ -12,6 +12,7 @@ model with what evaluate.py writes, scored in fp32.
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -112,8 +113,8 @@ def describe(checkpoint):
         "Pretrained weights": "ImageNet" if start == "imagenet" else start,
     }
     settings = config | {f"pretraining {key}": value for key, value in pretraining.items()}
-    if pretraining.get("init_sha256"):  # each seed has a file of its own
-        settings["pretraining init"] = "a checkpoint"
+    if pretraining.get("init_sha256"):  # each seed has a file of its own, such as contrastive-rank-seed0.pt
+        settings["pretraining init"] = re.sub(r"\d+", "#", pretraining["init"])
     seen = checkpoint["train_hashes"].numpy()
     settings["data"] = f"{len(seen)} faces ({zlib.crc32(seen):08x})"
     return columns, {key: str(value or "off") for key, value in settings.items() if key not in UNLISTED}
