@@ -373,7 +373,7 @@ def test_a_script_runs_in_a_thread_that_gets_no_signals():
 
 @pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another C library")
 def test_memory_of_tensors_is_kept_for_those_that_follow():
-    """The second takes the pages of the first, so that the system need not clear others."""
+    """After a few, until places fit, each takes pages of those before: the system need not clear others."""
     code = """
 import resource, torch, cli
 def faults():
@@ -381,8 +381,8 @@ def faults():
     torch.ones(50_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 cli.own_process()
-first = faults()
-assert faults() < first / 10, first
+found = [faults() for _ in range(30)]
+assert sum(found[10:]) < found[0] / 10, found
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
