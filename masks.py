@@ -353,9 +353,7 @@ def main(args):
         elif name in failed:
             remove_pair(output, stem)  # that an earlier run has made of it
     if kept:
-        print(
-            f"warning: {kept:,} pictures cannot be read now; their pairs stay as they were", file=sys.stderr
-        )
+        print(f"warning: {kept:,} pictures cannot be read now; their pairs stay", file=sys.stderr)
     skipped = sorted([*skipped, *((name, reason) for name, _, reason in results if reason)])
     written = sum(not reason for _, _, reason in results)
     there = len(jobs) - len(missing)

@@ -471,7 +471,7 @@ def test_a_run_that_was_being_overwritten_does_not_come_back(train, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_one_epoch", killed)
         assert train("--epochs", 1, "--overwrite")[0] == 130
-    assert not (tmp_path / "m.last.pt").exists()
+    assert not any((tmp_path / f"m{suffix}").exists() for suffix in (".last.pt", ".csv", ".png"))
 
 
 def test_wrong_use_is_seen_before_any_work(drawn, tmp_path, refuse, monkeypatch):
