@@ -346,7 +346,8 @@ def main(args):
             remove_other_labels(output, [name for name, *_ in files], jobs, args.overwrite)
         missing = [job for job in jobs if args.overwrite or not is_written(output, job[1])]
         results = write_pairs(missing, write, args.workers)
-    failed, kept = {name: reason for name, _, reason in results if reason}, 0
+    failed = {name: reason for name, _, reason in results if reason}
+    kept = 0
     for name, stem, _ in missing:
         if failed.get(name, "").startswith("cannot be read"):  # today, and tomorrow it may be
             kept += is_written(output, stem)
@@ -354,15 +355,14 @@ def main(args):
             remove_pair(output, stem)  # that an earlier run has made of it
     if kept:
         print(f"warning: {kept:,} pictures cannot be read now; their pairs stay", file=sys.stderr)
-    skipped = sorted([*skipped, *((name, reason) for name, _, reason in results if reason)])
-    written = sum(not reason for _, _, reason in results)
-    there = len(jobs) - len(missing)
+    skipped = sorted([*skipped, *failed.items()])
+    written, there = len(missing) - len(failed), len(jobs) - len(missing)
 
     skips = f"{len(skipped):,} skipped"
     if skipped:
         [(reason, count)] = Counter(reason.split(":")[0] for _, reason in skipped).most_common(1)
         skips += f", most of them ({count:,}) for: {reason}"
-    if total or skipped:
+    if total:
         rows = [{"file": name, "reason": reason} for name, reason in skipped]
         cli.write_csv(output / "skipped.csv", rows, ["file", "reason"])
     if not written + there:

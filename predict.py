@@ -431,7 +431,8 @@ def check_outputs(args, checkpoint, paths, top):
         owners = {os.path.realpath(drawing.output_path(path, args.masks, top, "")) for path in paths}
         for path in paths:
             owner, found = re.subn(r"(_\d{6,})?_\d+_mask\.png$", "", os.path.realpath(path))
-            outputs += [("--masks", path)] if found and owner in owners else []
+            if found and owner in owners:
+                outputs.append(("--masks", path))
     taken = {os.path.realpath(path): "the pictures" for path in paths}
     taken |= {os.path.realpath(path): path for path in (checkpoint, args.detector) if path}
     for flag, path in outputs:

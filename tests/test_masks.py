@@ -173,9 +173,8 @@ def test_a_picture_appended_to_a_tar_replaces_the_first(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as packed:
         add(packed, "1_0_0_1.jpg", b"old")
         add(packed, "1_0_0_1.jpg", b"new")
-        add(
-            packed, "1_0_0_1.jpg", b"", tarfile.LNKTYPE, "1_0_0_1.jpg"
-        )  # as GNU tar stores what it meets again
+        # As GNU tar stores what it meets again.
+        add(packed, "1_0_0_1.jpg", b"", tarfile.LNKTYPE, "1_0_0_1.jpg")
     with open_files(tmp_path / "a.tar", tmp_path / "o") as (files, _):
         assert [read() for _, _, read in files] == [b"new"]
 
@@ -497,6 +496,9 @@ def test_bad_input(raw, tmp_path, cli, refuse):
     refuse("masks", "--input", raw, "--output", raw / "../" / raw.name, words=["is --input as well"])
     refuse("masks", *out, "--input", tmp_path / "empty", words=["empty", "0 files"])
     assert "skipped.csv" not in cli("masks", *out, "--input", tmp_path / "empty")[2]
+    (tmp_path / "empty/gone.jpg").symlink_to("nowhere")
+    assert cli("masks", "--output", tmp_path / "o", "--input", tmp_path / "empty")[0] == 2
+    assert skipped(tmp_path / "o") == {"gone.jpg": "not a file that can be read"}
     refuse("masks", *out, "--input", tmp_path / "text.tar.gz", words=["text.tar.gz"])
     refuse("masks", *out, "--input", raw, "--parser", "nowhere.onnx", words=["--parser", "nowhere.onnx"])
     (tmp_path / "bad.onnx").write_bytes(b"no network")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -869,6 +870,8 @@ def test_bad_input(model, tmp_path, cli, refuse, monkeypatch):
         mask = shutil.copy(picture, f"{picture}{frame}_0_mask.png")
         words = ["--masks", "replace the pictures"]
         refuse("predict", picture, mask, *flags, "--masks", tmp_path / "link", words=words)
+        args = Namespace(csv=None, json=None, overlay=None, masks=str(tmp_path), detector=None)
+        predict.check_outputs(args, model, [Path(mask)], tmp_path)  # a picture whose name only ends so
     for flag in ("--overlay", "--masks"):
         refuse("predict", picture, *flags, flag, picture / "x", words=[flag, "no folder that can be written"])
     (tmp_path / "sub").mkdir()  # whose overlay would lie where another photograph does
